@@ -1,0 +1,47 @@
+"""Parameter trees addressed by path: "blocks/3/attn/q" is params["blocks"][3]["attn"]["q"]."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def get(tree: Any, path: str) -> Any:
+    """Returns the subtree at `path`; raises ValueError with the part that is missing."""
+    node = tree
+    for depth, part in enumerate(path.split("/")):
+        try:
+            node = node[int(part)] if isinstance(node, (list, tuple)) else node[part]
+        except (KeyError, IndexError, TypeError, ValueError):
+            have = sorted(node) if isinstance(node, Mapping) else f"{type(node).__name__}"
+            where = "/".join(path.split("/")[:depth]) or "the root"
+            raise ValueError(f"path {path!r}: expected {part!r} under {where}, got {have}") from None
+    return node
+
+
+def replace(tree: Any, path: str, value: Any) -> Any:
+    """Returns a copy of `tree` (dicts and lists on the way are copied, nothing else) with `value` at `path`."""
+    if not path:
+        return value
+    part, _, rest = path.partition("/")
+    child = get(tree, part)
+    if isinstance(tree, (list, tuple)):
+        return [replace(child, rest, value) if i == int(part) else x for i, x in enumerate(tree)]
+    return {**tree, part: replace(child, rest, value)}
+
+
+def update(tree: Any, values: Mapping[str, Any]) -> Any:
+    """Returns a copy of `tree` with each `values[path]` in place."""
+    for path, value in values.items():
+        tree = replace(tree, path, value)
+    return tree
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns {path: leaf} of nested dicts and lists, in order; anything else is a leaf."""
+    if isinstance(tree, Mapping):
+        items = list(tree.items())
+    elif isinstance(tree, (list, tuple)):
+        items = [(str(i), x) for i, x in enumerate(tree)]
+    else:
+        return {prefix: tree}
+    join = f"{prefix}/" if prefix else ""
+    return {p: leaf for name, x in items for p, leaf in flatten(x, f"{join}{name}").items()}
