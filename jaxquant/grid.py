@@ -47,7 +47,7 @@ def _range_grid(low: jax.Array, high: jax.Array, bits: int, symmetric: bool, dty
         low = -high
     scale = (high - low) / top
     # An all-zero group gets (-1, 1), as in GPTQ's code; tiny ranges must not round to a zero scale in storage.
-    scale = jnp.where(scale > 0, jnp.maximum(scale, jnp.finfo(dtype).smallest_subnormal), 2 / top)
+    scale = jnp.where(scale > 0, jnp.maximum(scale, float(jnp.finfo(dtype).smallest_subnormal)), 2 / top)
     scale = scale.astype(dtype).astype(jnp.float32)
     zero = jnp.full_like(scale, 2 ** (bits - 1)) if symmetric else jnp.clip(jnp.round(-low / scale), 0, top)
     return scale, zero
@@ -122,9 +122,7 @@ def fit(
     grouped = weight.reshape(out, groups, n // groups)
     if importance is not None:
         importance = importance.reshape(1, groups, n // groups)
-    scale, zero = fit_group(
-        grouped, bits, symmetric=symmetric, search=search, importance=importance, dtype=dtype
-    )
+    scale, zero = fit_group(grouped, bits, symmetric=symmetric, search=search, importance=importance, dtype=dtype)
     return Grid(scale, zero, bits, symmetric)
 
 

@@ -36,19 +36,24 @@ class PackedArray:
 
     def unpack(self) -> jax.Array:
         """Returns the values, uint8 (up to 8 bits) or uint16, of shape `self.shape`."""
-        position = np.arange(self.length) * self.bits
-        low, shift = position // 32, (position % 32).astype(np.uint32)
-        value = jnp.take(self.words, low, axis=-1) >> shift
-        if 32 % self.bits:  # some values straddle two words
-            high = np.minimum(low + 1, self.words.shape[-1] - 1)
-            straddles = shift + self.bits > 32
-            # a shift by 32 is undefined, hence the minimum; where nothing straddles, the mask below is zero
-            rest = jnp.take(self.words, high, axis=-1) << np.minimum(32 - shift, 31).astype(np.uint32)
-            value = value | jnp.where(straddles, rest, jnp.uint32(0))
-        value = value & np.uint32(2**self.bits - 1)
-        return value.astype(jnp.uint8 if self.bits <= 8 else jnp.uint16)
+        return _unpack(self.words, self.bits, self.length)
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "length"))
+def _unpack(words: jax.Array, bits: int, length: int) -> jax.Array:
+    position = np.arange(length) * bits
+    low = position // 32
+    shift = (position % 32).astype(np.uint32).reshape((1,) * (words.ndim - 1) + (-1,))
+    value = jnp.take(words, low, axis=-1) >> shift
+    if 32 % bits:  # some values straddle two words
+        high = np.minimum(low + 1, words.shape[-1] - 1)
+        # a shift by 32 is undefined, hence the minimum; where nothing straddles, `rest` is not used
+        rest = jnp.take(words, high, axis=-1) << np.minimum(32 - shift, 31).astype(np.uint32)
+        value = value | jnp.where(shift + bits > 32, rest, jnp.uint32(0))
+    return (value & np.uint32(2**bits - 1)).astype(jnp.uint8 if bits <= 8 else jnp.uint16)
+
+
+@functools.partial(jax.jit, static_argnames="bits")
 def pack(values: jax.Array, bits: int) -> PackedArray:
     """Packs integers along the last axis.
 

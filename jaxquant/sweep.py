@@ -150,12 +150,10 @@ def coordinate_descent(
     out, n = weight.shape
     value, _, _ = _pad_to_blocks(start, hessian, block_size)
     weight, hessian, block = _pad_to_blocks(weight, hessian, block_size)
-    diagonal = jnp.diagonal(hessian)
+    gain = hessian / jnp.diagonal(hessian)[None, :]
 
     def sweep_block(value, start):
-        columns = jax.lax.dynamic_slice_in_dim(hessian, start, block, axis=1) / jax.lax.dynamic_slice_in_dim(
-            diagonal, start, block
-        )
+        columns = jax.lax.dynamic_slice_in_dim(gain, start, block, axis=1)
         current = jax.lax.dynamic_slice_in_dim(value, start, block)
         targets = current + columns.T @ (weight - value)
 
@@ -184,4 +182,3 @@ def grid_rounding(grid: Grid, group_of: jax.Array) -> Rounding:
         return code.astype(jnp.uint8), s * (code - z)
 
     return rounding
-

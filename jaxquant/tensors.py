@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxquant.packing import PackedArray
+from jaxquant.packing import PackedArray, pack
 
 
 class QuantizedTensor(abc.ABC):
@@ -113,3 +114,193 @@ class UniformTensor(QuantizedTensor):
         """Short description for tables."""
         group = "row" if self.scale.shape[-1] == 1 else f"g{self.group_size}"
         return f"uniform {self.bits}-bit {group}{' symmetric' if self.zero is None else ''}"
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["codes", "codebooks", "scale"], meta_fields=["blocks", "vector"]
+)
+@dataclasses.dataclass(frozen=True)
+class CodebookTensor(QuantizedTensor):
+    """Sums of codebook entries: vector (i, j) is scale[i, j] * sum_m codebook(i, j, m)[codes[m, i, j]].
+
+    A vector covers g rows and d columns of the weight; `vector` is (g, d). The vectors fall into R * C equal blocks of
+    consecutive rows and columns; `blocks` is (R, C), and the vectors of block (r, c) use the codebooks
+    (r * C + c) * M + m. AQLM has one block and M > 1, GPTVQ many blocks and M = 1, a table per row is (out, 1), a table
+    per column (1, in).
+
+    Attributes:
+      codes: PackedArray [M, out / g, in / d].
+      codebooks: float16, bfloat16 or float32 [R * C * M, K * g * d], or a QuantizedTensor of that shape; entry k of a
+        codebook is [k * g * d, (k + 1) * g * d), row-major in (g, d).
+      scale: float [out / g or 1, in / d or 1], or None for ones.
+      blocks: (R, C) (static).
+      vector: (g, d) (static).
+    """
+
+    codes: PackedArray
+    codebooks: Any
+    scale: jax.Array | None
+    blocks: tuple[int, int] = (1, 1)
+    vector: tuple[int, int] = (1, 1)
+
+    @property
+    def num_codebooks(self) -> int:
+        """Codebook entries that are added up for one vector, M."""
+        return self.codes.shape[-3]
+
+    @property
+    def codebook_size(self) -> int:
+        """Entries of a codebook, K."""
+        return self.codebooks.shape[-1] // (self.vector[0] * self.vector[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (out, in) of the dense weight."""
+        return self.codes.shape[-2] * self.vector[0], self.codes.length * self.vector[1]
+
+    def dequantize(self) -> jax.Array:
+        """Returns the dense weight, float32 [out, in]."""
+        count, rows, columns = self.codes.shape
+        block = (np.arange(rows) * self.blocks[0] // rows)[:, None] * self.blocks[1]
+        block = block + (np.arange(columns) * self.blocks[1] // columns)[None, :]
+        first = (block[None] * count + np.arange(count)[:, None, None]) * self.codebook_size
+        entries = dense(self.codebooks).astype(jnp.float32).reshape(-1, self.vector[0] * self.vector[1])
+        index = self.codes.unpack().astype(jnp.int32) + first.astype(np.int32)
+        vectors = jnp.take(entries, index, axis=0).sum(0)
+        if self.scale is not None:
+            vectors = vectors * self.scale.astype(jnp.float32)[..., None]
+        return vectors.reshape(rows, columns, *self.vector).swapaxes(1, 2).reshape(self.shape)
+
+    @property
+    def format(self) -> str:
+        """Short description for tables."""
+        (g, d), (r, c) = self.vector, self.blocks
+        vector = f" {g}x{d} vectors" if g * d > 1 else ""
+        return f"codebook {self.num_codebooks}x{self.codes.bits}-bit{vector}, {r * c} block{'s' if r * c > 1 else ''}"
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["base", "values", "indices", "starts"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class OutlierTensor(QuantizedTensor):
+    """weight = dense(base), with values[k] added to single entries.
+
+    Rows come in blocks of as many as hold at most 2**16 weights, so that 16 bits name an entry of a block whatever the
+    share of outliers; only the starts of the blocks need more. This is compressed sparse rows with blocks for rows.
+
+    Attributes:
+      base: QuantizedTensor or array [out, in], in <= 2**16.
+      values: float16, bfloat16 or float32 [k], differences from `base`.
+      indices: uint16 [k], row * in + column within the block, increasing; entries with value 0 may repeat the last.
+      starts: uint32 [blocks + 1], first outlier of each block; the last is k.
+    """
+
+    base: Any
+    values: jax.Array
+    indices: jax.Array
+    starts: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (out, in) of the dense weight."""
+        return self.base.shape[-2], self.base.shape[-1]
+
+    @staticmethod
+    def block_rows(columns: int) -> int:
+        """Rows of a block."""
+        return max(1, 2**16 // columns)
+
+    def positions(self) -> jax.Array:
+        """Returns the flat positions row * in + column of the outliers in the whole weight, int32 [k]."""
+        out, n = self.shape
+        block = jnp.searchsorted(self.starts, jnp.arange(len(self.values), dtype=jnp.uint32), side="right") - 1
+        first = block.astype(jnp.int32) * np.int32(self.block_rows(n) * n)
+        return jnp.minimum(first + self.indices.astype(jnp.int32), np.int32(out * n - 1))
+
+    def dequantize(self) -> jax.Array:
+        """Returns the dense weight, float32 [out, in]."""
+        base = dense(self.base).astype(jnp.float32)
+        flat = base.reshape(-1).at[self.positions()].add(self.values.astype(jnp.float32))
+        return flat.reshape(base.shape)
+
+    @property
+    def format(self) -> str:
+        """Short description for tables."""
+        base = self.base.format if isinstance(self.base, QuantizedTensor) else str(self.base.dtype)
+        share = self.values.shape[-1] / (self.shape[0] * self.shape[1])
+        return f"{base} + {share:.2%} outliers"
+
+
+def with_outliers(base: QuantizedTensor, values: jax.Array, positions: jax.Array, dtype: str) -> OutlierTensor:
+    """Adds single entries to a tensor.
+
+    Args:
+      base: [out, in].
+      values: float32 [k], what to add.
+      positions: int32 [k], row * in + column, increasing; unused entries last, out * in or more, with value 0.
+      dtype: storage dtype of the values.
+
+    Raises:
+      ValueError: more than 2**16 columns.
+    """
+    out, n = base.shape
+    if n > 2**16:
+        raise ValueError(f"outliers: expected at most {2**16} input columns (16-bit indices), got {n}")
+    if out * n >= 2**31:
+        raise ValueError(f"outliers: expected fewer than 2**31 weights, got {out}x{n}; split the layer by rows")
+    size = OutlierTensor.block_rows(n) * n
+    blocks = -(-out * n // size)
+    positions = jnp.minimum(positions, np.int32(out * n - 1))
+    bounds = np.minimum(np.arange(1, blocks, dtype=np.int64) * size, out * n).astype(np.int32)
+    inner = jnp.searchsorted(positions, bounds).astype(jnp.uint32)
+    ends = jnp.asarray([len(values)], jnp.uint32)
+    starts = jnp.concatenate([jnp.zeros(1, jnp.uint32), inner, ends])
+    return OutlierTensor(base, values.astype(dtype), (positions % size).astype(jnp.uint16), starts)
+
+
+def pack_order(order: jax.Array) -> PackedArray | jax.Array:
+    """Returns a permutation [n] in as few bits as hold n - 1, or as uint32 beyond 2**16 entries."""
+    n = order.shape[-1]
+    return pack(order, max(1, (n - 1).bit_length())) if n <= 2**16 else order.astype(jnp.uint32)
+
+
+def unpack_order(order: PackedArray | jax.Array) -> jax.Array:
+    """Returns the permutation that `pack_order` packed, int32 [n]."""
+    return (order.unpack() if isinstance(order, PackedArray) else order).astype(jnp.int32)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["parts", "order"], meta_fields=["axis"])
+@dataclasses.dataclass(frozen=True)
+class ConcatTensor(QuantizedTensor):
+    """Tensors side by side: position k along `axis` of the parts, joined, is row or column order[k] of the weight.
+
+    Attributes:
+      parts: QuantizedTensors or arrays, equal along the other axis.
+      order: what `pack_order` returns, of the permutation [out] or [in]; None for the identity.
+      axis: 0 joins rows, 1 columns (static).
+    """
+
+    parts: tuple[Any, ...]
+    order: PackedArray | jax.Array | None
+    axis: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (out, in) of the dense weight."""
+        shape = [self.parts[0].shape[-2], self.parts[0].shape[-1]]
+        shape[self.axis] = sum(part.shape[self.axis - 2] for part in self.parts)
+        return shape[0], shape[1]
+
+    def dequantize(self) -> jax.Array:
+        """Returns the dense weight, float32 [out, in]."""
+        joined = jnp.concatenate([dense(part).astype(jnp.float32) for part in self.parts], axis=self.axis)
+        if self.order is None:
+            return joined
+        return jnp.take(joined, jnp.argsort(unpack_order(self.order)), axis=self.axis)
+
+    @property
+    def format(self) -> str:
+        """Short description for tables."""
+        parts = [p.format if isinstance(p, QuantizedTensor) else str(p.dtype) for p in self.parts]
+        return " | ".join(parts) + (" permuted" if self.order is not None else "")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import grid, linalg, sweep
-from jaxquant.methods.settings import GridConfig, Order, check_choice
+from jaxquant.methods.settings import GridConfig, Order, check_choice, column_order
 from jaxquant.problem import LayerProblem, check, revive
 from jaxquant.tensors import UniformTensor
 
@@ -49,12 +49,6 @@ class GPTQConfig(GridConfig):
     def paper(cls, bits: int, *, group_size: int | None = None, search: grid.Search = "minmax") -> "GPTQConfig":
         """The authors' settings with act-order: asymmetric min-max grids, damping 0.01."""
         return cls(bits, group_size=group_size, search=search, damp=0.01, order="diagonal")
-
-
-def column_order(hessian: jax.Array, order: Order) -> jax.Array:
-    """Returns the order in which columns are visited, int32 [in]."""
-    diagonal = jnp.diagonal(hessian)
-    return jnp.argsort(-diagonal) if order == "diagonal" else jnp.arange(len(diagonal))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -107,7 +101,5 @@ def gptq(problem: LayerProblem, config: GPTQConfig, *, key: jax.Array) -> Unifor
         code = grid.encode(target, scale, zero, config.bits)
         return code.astype(jnp.uint8), scale * (code - zero)
 
-    codes, _, (scale, zero) = sweep.error_feedback(
-        weight, factor, rounding, begin_block=begin_group, block_size=group
-    )
+    codes, _, (scale, zero) = sweep.error_feedback(weight, factor, rounding, begin_block=begin_group, block_size=group)
     return grid.tensor(codes, grid.Grid(scale.T, zero.T, config.bits, config.symmetric), config.storage_dtype)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 
 from jaxquant import grid
 
@@ -60,3 +61,9 @@ class GridConfig:
             importance=importance if self.search == "hessian" else None,
             dtype=self.storage_dtype,
         )
+
+
+def column_order(hessian: jax.Array, order: Order) -> jax.Array:
+    """Returns the order in which columns are visited, int32 [in]."""
+    diagonal = jnp.diagonal(hessian)
+    return jnp.argsort(-diagonal) if order == "diagonal" else jnp.arange(len(diagonal))

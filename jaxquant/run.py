@@ -1,0 +1,74 @@
+"""A whole run: quantize a loaded model into a directory, committing each block, and save the result."""
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+
+from jaxquant import checkpoint, export
+from jaxquant.data import TokenSet
+from jaxquant.methods import Config
+from jaxquant.models.load import LoadedModel
+from jaxquant.pipeline import BlockResult, quantize_blocks
+
+
+def quantize_to_directory(
+    loaded: LoadedModel,
+    data: TokenSet,
+    plan: Mapping[str, Config | None],
+    out: Path,
+    *,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> Iterator[BlockResult]:
+    """Quantizes a model into `out`, taking up what an interrupted run left there.
+
+    After the last block the packed model is saved and the blocks' checkpoints are removed. A finished run yields nothing
+    and changes nothing.
+
+    Args:
+      loaded: the dense model.
+      data: calibration tokens.
+      plan: {path: settings or None}.
+      out: the run's directory.
+      seed: of the methods' keys.
+      batch_size: sequences per forward pass.
+
+    Yields:
+      Each block's result, those read back first.
+
+    Raises:
+      ValueError: `out` holds another run or other files; see also `quantize_blocks`.
+    """
+    prints = checkpoint.fingerprint(loaded.params, data.provenance, plan, seed=seed, batch_size=batch_size)
+    checkpoint.open_run(out, prints)
+    if export.is_packed(out):
+        return
+    results: list[BlockResult] = []
+    with checkpoint.block_store(out) as store:
+        for index in range(store.finished()):
+            results.append(store.load(index))
+            yield results[-1]
+        blocks = [r.block for r in results] + loaded.params["blocks"][len(results) :]
+        for result in quantize_blocks(
+            loaded.model,
+            {**loaded.params, "blocks": blocks},
+            data.tokens,
+            plan,
+            key=jax.random.key(seed),
+            batch_size=batch_size,
+            start=len(results),
+        ):
+            store.save(result)
+            results.append(result)
+            yield result
+    record = {
+        "reports": [dataclasses.asdict(r) for result in results for r in result.reports],
+        "run": prints,
+        "environment": checkpoint.environment(),
+    }
+    params = {**loaded.params, "blocks": [r.block for r in results]}
+    export.save_packed(out, params, loaded.config_dict, record)
+    shutil.rmtree(out / "blocks")

@@ -1,0 +1,42 @@
+"""Second moments of layer inputs, accumulated over calibration batches."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.models.base import Model
+
+
+def init(columns: int) -> jax.Array:
+    """Returns the empty sum of x x^T, float32 [in, in]."""
+    return jnp.zeros((columns, columns), jnp.float32)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+@jax.default_matmul_precision("highest")
+def update(gram: jax.Array, x: jax.Array) -> jax.Array:
+    """Adds x^T x over all tokens of `x` [..., in] to `gram` [in, in], in float32 at highest precision."""
+    x = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    return gram + x.T @ x
+
+
+@functools.partial(jax.jit, static_argnames=("model", "kind", "group"), donate_argnames="gram")
+def capture_update(
+    model: Model, block: Any, hidden: jax.Array, gram: jax.Array, *, kind: str, group: tuple[str, ...]
+) -> jax.Array:
+    """Adds the inputs of one group of linears on a batch to `gram`; only what they depend on is computed.
+
+    Args:
+      model: the model (static).
+      block: parameters of one transformer block.
+      hidden: [batch, time, d], inputs of the block.
+      gram: float32 [in, in]; its buffer is reused.
+      kind: the block's kind (static).
+      group: the linears, one of `model.groups` (static).
+
+    Returns:
+      float32 [in, in].
+    """
+    return update(gram, model.capture(block, hidden, kind, group))
