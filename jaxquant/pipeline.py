@@ -5,7 +5,8 @@ import functools
 import math
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -163,6 +164,40 @@ def _quantize_block(
     return block, reports
 
 
+def compile_ahead(
+    model: Model, params: Any, plan: Mapping[str, Config | None], batch_shape: tuple[int, int], key: jax.Array
+) -> None:
+    """Compiles every program that quantizing the first blocks will call, several at a time.
+
+    Compilation takes one core per program, and a first block would compile one after the other. Each program is called
+    once on zeros, which is what puts it where `jax.jit` will find it.
+
+    Args:
+      model: pure functions of the network.
+      params: its parameters.
+      plan: {path: settings or None}.
+      batch_shape: (sequences, tokens) of a forward pass.
+      key: of the run.
+    """
+    block, kind = params["blocks"][0], model.config.layer_kinds[0]
+    dtype = params["embed"]["weight"].dtype
+    hidden = functools.partial(jnp.zeros, (*batch_shape, model.config.hidden_size), dtype)
+    calls: list[Callable[[], Any]] = []
+    for group in model.groups:
+        columns = trees.get(block, group[0])["weight"].shape[1]
+        calls.append(
+            lambda c=columns, g=group: stats.capture_update(model, block, hidden(), stats.init(c), kind=kind, group=g)
+        )
+    for (out, n), config in dict.fromkeys(
+        (trees.get(params, path)["weight"].shape, config) for path, config in plan.items() if config is not None
+    ):
+        problem = LayerProblem(jnp.zeros((out, n), jnp.float32), jnp.eye(n, dtype=jnp.float32))
+        calls.append(lambda p=problem, c=config: METHODS[type(c)](p, c, key=key))
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(call) for call in calls]:
+            jax.block_until_ready(done.result())
+
+
 def quantize_blocks(
     model: Model,
     params: Any,
@@ -199,6 +234,8 @@ def quantize_blocks(
     """
     ends = {name: value for name, value in params.items() if name != "blocks"}
     tokens = np.asarray(tokens, np.int32)
+    if start < len(params["blocks"]):
+        compile_ahead(model, {**params, "blocks": params["blocks"][start:]}, plan, tokens[:batch_size].shape, key)
     hidden = [_embed(model, ends, tokens[i : i + batch_size]) for i in range(0, len(tokens), batch_size)]
     for index, block in enumerate(params["blocks"]):
         reports = []

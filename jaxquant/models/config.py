@@ -144,13 +144,15 @@ def parse_rope(config: dict[str, Any], head_dim: int, kind: str) -> Rope:
     Raises:
       ValueError: a scaling that is not implemented.
     """
+    local = config["model_type"] == GEMMA and kind == "sliding_attention"
+    rope = {"rope_theta": config.get("rope_local_base_freq" if local else "rope_theta", 10000.0)}
     if "rope_parameters" in config:
-        rope = config["rope_parameters"].get(kind, config["rope_parameters"])
-    elif config["model_type"] == GEMMA and kind == "sliding_attention":
-        rope = {"rope_theta": config.get("rope_local_base_freq", 10000.0)}
-    else:
-        rope = {"rope_theta": config.get("rope_theta", 10000.0)} | config.get("rope_scaling", {})
-    theta, scaling = float(rope.get("rope_theta", 10000.0)), rope.get("rope_type", rope.get("type", "default"))
+        rope |= config["rope_parameters"].get(kind, config["rope_parameters"])
+    elif not local:
+        rope |= config.get("rope_scaling", {})
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor: expected 1.0, got {rope['partial_rotary_factor']}; not supported")
+    theta, scaling = float(rope["rope_theta"]), rope.get("rope_type", rope.get("type", "default"))
     if scaling == "default":
         return Rope(theta=theta)
     if scaling == "linear":

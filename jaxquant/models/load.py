@@ -85,7 +85,7 @@ def read_directory(path: Path) -> Checkpoint:
       ValueError: no config.json, no safetensors, or an index that names a file that is not there.
     """
     if not (path / "config.json").is_file():
-        raise ValueError(f"{path}: expected config.json in it, got a directory without one")
+        raise ValueError(f"{path}: expected config.json in it, got a directory without one; for GGUF, name the file")
     config = json.loads((path / "config.json").read_text())
     index = path / "model.safetensors.index.json"
     if index.is_file():

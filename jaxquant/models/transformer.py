@@ -65,7 +65,7 @@ def rotate(config: ModelConfig, x: jax.Array, kind: str) -> jax.Array:
     """Rotary position embedding of x [batch, time, heads, head_dim], pairing i with i + head_dim / 2."""
     rope = config.rope if kind == "full" else config.rope_sliding
     frequencies = rope.theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
-    frequencies = np.float32(frequencies / np.asarray(rope.factors or 1.0))
+    frequencies = jnp.asarray(frequencies / np.asarray(rope.factors or 1.0), jnp.float32)
     angles = jnp.outer(jnp.arange(x.shape[1], dtype=jnp.float32), frequencies)[None, :, None, :]
     left, right = jnp.split(x, 2, axis=-1)
     cos = jnp.broadcast_to(jnp.cos(angles).astype(x.dtype), left.shape)

@@ -1,0 +1,1 @@
+"""Experiments: named configurations, stored results, and the tables printed from them."""

@@ -1,0 +1,66 @@
+"""What can be run: named, frozen settings. Files and devices are given on the command line and recorded with results."""
+
+import dataclasses
+
+from jaxquant.methods import Config, GPTQConfig, QuantEaseConfig, RTNConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """Every method on every layer problem of a folder."""
+
+    methods: dict[str, Config]
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeModel:
+    """A whole model, quantized block by block, then perplexity and KL on a text."""
+
+    methods: dict[str, Config | None]
+    sequences: int = 128
+    length: int = 2048
+    batch_size: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Seconds for one layer of Gaussian weights, inputs with a spectrum from 1 to 1e-4, after warm-up."""
+
+    methods: dict[str, Config]
+    out: int = 4096
+    columns: int = 4096
+    tokens: int = 16384
+
+
+def _named(*configs: tuple[str, Config]) -> dict[str, Config]:
+    return dict(configs)
+
+
+EXPERIMENTS: dict[str, Layers | WholeModel | Speed] = {
+    "layers": Layers(
+        {
+            name: config
+            for bits in (2, 3, 4)
+            for name, config in _named(
+                (f"rtn {bits}-bit paper", RTNConfig(bits, search="mse")),
+                (f"gptq {bits}-bit paper", GPTQConfig.paper(bits)),
+                (f"gptq {bits}-bit paper, mse grid", GPTQConfig.paper(bits, search="mse")),
+                (f"quantease {bits}-bit paper", QuantEaseConfig.paper(bits)),
+                (f"quantease {bits}-bit paper, mse grid", QuantEaseConfig.paper(bits, search="mse")),
+                (f"rtn {bits}-bit", RTNConfig(bits)),
+                (f"gptq {bits}-bit", GPTQConfig(bits)),
+                (f"quantease {bits}-bit", QuantEaseConfig(bits)),
+            ).items()
+        }
+    ),
+    "smollm2": WholeModel(
+        {
+            "dense": None,
+            "gptq 4-bit": GPTQConfig(4),
+            "gptq 3-bit": GPTQConfig(3),
+            "quantease 4-bit": QuantEaseConfig(4),
+            "quantease 3-bit": QuantEaseConfig(3),
+        }
+    ),
+    "speed": Speed({"gptq 3-bit": GPTQConfig(3), "quantease 3-bit": QuantEaseConfig(3)}),
+}

@@ -1,0 +1,227 @@
+"""Run an experiment: `python -m experiments.run NAME ...`. One JSON per result, in experiments/results/NAME.
+
+A result is found again by the hash of its settings and data, so an interrupted experiment takes up where it stopped.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from experiments.configs import EXPERIMENTS, Layers, Speed, WholeModel
+from jaxquant import LayerProblem, METHODS, Rule, bits_per_weight, dense_tree, relative_error, resolve
+from jaxquant.checkpoint import describe_config, environment, hash_params, write_json
+from jaxquant.commands import default_bos
+from jaxquant.data import CalibrationConfig, evaluation_tokens, load_tokens
+from jaxquant.evaluate import evaluate
+from jaxquant.models.load import load_model
+from jaxquant.pipeline import quantize_blocks
+from jaxquant.plan import linear_paths
+from jaxquant.progress import track
+from jaxquant.ratedistortion import excess_bits
+from jaxquant.tokenizer import load_tokenizer
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Run an experiment.
+
+    Attributes:
+      name: one of experiments.configs.EXPERIMENTS.
+      problems: folder of layer problems, .npz files with W [out, in] and the upper triangle H of E[x x^T].
+      model: model of a whole-model experiment.
+      calibration: its calibration text.
+      text: its evaluation text.
+      only: run only methods whose name holds this.
+      results: where results go.
+    """
+
+    name: Annotated[str, tyro.conf.Positional]
+    problems: Path | None = None
+    model: str | None = None
+    calibration: str | None = None
+    text: str | None = None
+    only: str = ""
+    results: Path = RESULTS
+
+
+def stored(args: Arguments, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
+    """Writes `settings` with what `measure` returns, unless a result of the same settings is there."""
+    settings = {"experiment": args.name, **settings}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    file = args.results / args.name / f"{digest}.json"
+    if file.exists():
+        return
+    result = settings | measure() | {"environment": environment(), "commit": commit(), "hash": digest}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, result)
+    shown = {k: v for k, v in result.items() if isinstance(v, (int, float, str)) and k not in ("hash", "commit")}
+    print(json.dumps(shown), flush=True)
+
+
+def commit() -> str:
+    """The commit of the working tree, marked if files differ from it; outside a checkout, $GIT_COMMIT or "unknown"."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("GIT_COMMIT", "unknown")
+
+
+def load_problem(path: Path) -> LayerProblem:
+    """Reads a problem: W float16 [out, in] and H, the upper triangle of E[x x^T], float32."""
+    with np.load(path, allow_pickle=False) as file:
+        weight, triangle = file["W"].astype(np.float32), file["H"]
+    n = weight.shape[1]
+    hessian = np.zeros((n, n), np.float32)
+    hessian[np.triu_indices(n)] = triangle
+    return LayerProblem(jnp.asarray(weight), jnp.asarray(hessian + np.triu(hessian, 1).T))
+
+
+def run_layers(args: Arguments, experiment: Layers) -> None:
+    """Measures all methods on all problems."""
+    if args.problems is None:
+        raise ValueError("--problems: expected a folder of .npz files for this experiment, got nothing")
+    for path in sorted(args.problems.glob("*.npz")):
+        problem = load_problem(path)
+        data = hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, config in experiment.methods.items():
+            if args.only not in name:
+                continue
+            settings = {"model": path.stem, "method": name, "config": describe_config(config), "data": data}
+
+            def measure(problem=problem, config=config):
+                began = time.perf_counter()
+                tensor = METHODS[type(config)](problem, config, key=jax.random.key(0))
+                jax.block_until_ready(tensor)
+                return {
+                    "bits_per_weight": bits_per_weight(tensor),
+                    "relative_error": float(relative_error(problem, tensor)),
+                    "excess_bits": float(excess_bits(problem, tensor)),
+                    "seconds": time.perf_counter() - began,  # compilation included
+                }
+
+            stored(args, settings, measure)
+
+
+def run_model(args: Arguments, experiment: WholeModel) -> None:
+    """Quantizes a model by each method and measures perplexity and KL."""
+    if args.model is None:
+        raise ValueError("--model: expected a model for this experiment, got nothing")
+    loaded = load_model(args.model)
+    tokenizer = load_tokenizer(loaded.tokenizer_source)
+    model, bos = loaded.model, default_bos(loaded.model)
+    calibration = CalibrationConfig(
+        args.calibration, sequences=experiment.sequences, length=experiment.length, bos_id=bos
+    )
+    tokens = load_tokens(calibration, tokenizer, vocab_size=model.config.vocab_size)
+    text = evaluation_tokens(args.text, tokenizer, length=experiment.length, bos_id=bos)
+    paths = linear_paths(model, loaded.params)
+    about = {
+        "model": hash_params(loaded.params),
+        "architecture": f"{model.config.architecture} {sum(x.size for x in jax.tree.leaves(loaded.params))}",
+        "data": {k: v for k, v in tokens.provenance.items() if k != "source"},
+        "text": {k: v for k, v in text.provenance.items() if k != "source"},
+    }
+    for name, config in experiment.methods.items():
+        if args.only not in name:
+            continue
+
+        def measure(name=name, config=config):
+            began = time.perf_counter()
+            blocks, reports = list(loaded.params["blocks"]), []
+            if config is not None:
+                plan = resolve([Rule(".*", config)], paths)
+                results = quantize_blocks(
+                    model, loaded.params, tokens.tokens, plan, key=jax.random.key(0), batch_size=experiment.batch_size
+                )
+                for result in track(results, name, total=len(blocks)):
+                    blocks[result.index] = result.block
+                    reports += result.reports
+            jax.block_until_ready(blocks)
+            seconds = time.perf_counter() - began  # compilation included
+            params = dense_tree({**loaded.params, "blocks": blocks}, loaded.params["embed"]["weight"].dtype)
+            figures = evaluate(model, params, text.tokens, loaded.params, batch_size=4)
+            last = deque(track(figures, f"evaluate {name}", total=len(text.tokens)), maxlen=1).pop()
+            weights = sum(r.shape[0] * r.shape[1] for r in reports)
+            return {
+                "bits_per_weight": sum(r.bits for r in reports) / weights if weights else 32.0,
+                "perplexity": last.perplexity.value,
+                "kl": last.kl,
+                "evaluation": dataclasses.asdict(last.perplexity),
+                "seconds": seconds,
+                "layers": [dataclasses.asdict(r) for r in reports],
+            }
+
+        stored(args, {**about, "method": name, "config": describe_config(config)}, measure)
+
+
+def run_speed(args: Arguments, experiment: Speed) -> None:
+    """Times methods on one layer: the median of three runs after one that compiles."""
+    rng = np.random.default_rng(0)
+    n = experiment.columns
+    weight = jnp.asarray(rng.standard_normal((experiment.out, n)), jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        mix = jnp.linalg.qr(jnp.asarray(rng.standard_normal((n, n)), jnp.float32))[0]
+        mix = mix * jnp.sqrt(jnp.geomspace(1, 1e-4, n, dtype=jnp.float32))[None, :]
+        x = jnp.asarray(rng.standard_normal((experiment.tokens, n)), jnp.float32) @ mix.T
+        hessian = x.T @ x / experiment.tokens
+    problem = LayerProblem(weight, hessian)
+    shape = {"out": experiment.out, "columns": n, "tokens": experiment.tokens}
+    for name, config in experiment.methods.items():
+        if args.only not in name:
+            continue
+
+        def measure(config=config):
+            times = []
+            for _ in range(4):
+                began = time.perf_counter()
+                tensor = jax.block_until_ready(METHODS[type(config)](problem, config, key=jax.random.key(0)))
+                times.append(time.perf_counter() - began)
+            return {
+                "seconds": sorted(times[1:])[1],
+                "first_seconds": times[0],
+                "bits_per_weight": bits_per_weight(tensor),
+                "relative_error": float(relative_error(problem, tensor)),
+            }
+
+        settings = {**shape, "method": name, "config": describe_config(config), "device": environment()["device"]}
+        stored(args, settings, measure)
+
+
+def main() -> int:
+    """Runs the experiment named on the command line."""
+    args = tyro.cli(Arguments, prog="python -m experiments.run")
+    if args.name not in EXPERIMENTS:
+        print(f"error: name: expected one of {', '.join(EXPERIMENTS)}, got {args.name!r}", file=sys.stderr)
+        return 1
+    experiment = EXPERIMENTS[args.name]
+    try:
+        if isinstance(experiment, Layers):
+            run_layers(args, experiment)
+        elif isinstance(experiment, WholeModel):
+            run_model(args, experiment)
+        else:
+            run_speed(args, experiment)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
