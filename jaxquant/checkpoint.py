@@ -112,7 +112,8 @@ def open_run(out: Path, prints: dict[str, Any]) -> dict[str, str] | None:
     """
     file = out / "run.json"
     if not file.exists():
-        if out.exists() and any(out.iterdir()):
+        # a run that was killed while it wrote its first file left only the beginning of it
+        if out.exists() and any(p.name != "run.json.part" for p in out.iterdir()):
             raise ValueError(f"{out}: expected a new, an empty or a run's directory, got one with other files in it")
         out.mkdir(parents=True, exist_ok=True)
         write_json(file, {"fingerprint": prints, "environment": environment()})

@@ -212,6 +212,10 @@ NEEDS = {
 }
 
 
+PACKAGES = ("jaxquant", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "safetensors")
+PACKAGES += ("transformers", "tokenizers", "gguf")
+
+
 def doctor() -> None:
     """Prints devices, versions and what is missing."""
     out = console()
@@ -219,10 +223,12 @@ def doctor() -> None:
     out.print(f"python {platform.python_version()}, {platform.platform()}", highlight=False)
     for device in jax.devices():
         out.print(f"device {device.id}: {device.platform} {device.device_kind}", highlight=False)
-    for name in ("jaxquant", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "safetensors"):
-        out.print(f"{name} {importlib.metadata.version(name)}", highlight=False)
-    for name in ("transformers", "tokenizers", "gguf"):
-        out.print(f"{name} {importlib.metadata.version(name)}", highlight=False)
+    for name in PACKAGES:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # jaxquant itself, run from a checkout
+            version = "not installed"
+        out.print(f"{name} {version}", highlight=False)
     for name, use in NEEDS.items():
         state = "found" if importlib.util.find_spec(name) else f"missing, needed for {use}"
         out.print(f"{name}: {state}", highlight=False)

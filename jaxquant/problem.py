@@ -38,14 +38,17 @@ def dead_columns(hessian: jax.Array) -> jax.Array:
 
 
 def revive(problem: LayerProblem) -> LayerProblem:
-    """Returns the problem with dead columns made harmless: unit curvature, no coupling, zero weight.
+    """Returns the problem with dead columns made harmless: average curvature, no coupling, zero weight.
 
-    Reference: GPTQ's code sets H_jj = 1 and W_:j = 0 for such columns before fitting grids.
+    Reference: GPTQ's code sets H_jj = 1 and W_:j = 0 for such columns before fitting grids. Differs from it: H_jj is
+    the mean over the other columns, so that damping, relative to mean(diag H), is what it is without dead columns.
     """
     dead = dead_columns(problem.hessian)
     weight = jnp.where(dead[None, :], 0.0, problem.weight)
     hessian = jnp.where(dead[None, :] | dead[:, None], 0.0, problem.hessian)
-    return LayerProblem(weight, hessian + jnp.diag(dead.astype(hessian.dtype)))
+    mean = jnp.trace(hessian) / jnp.maximum(jnp.sum(~dead), 1).astype(hessian.dtype)
+    fill = jnp.where(mean > 0, mean, 1.0)
+    return LayerProblem(weight, hessian + fill * jnp.diag(dead.astype(hessian.dtype)))
 
 
 def row_objective(error: jax.Array, hessian: jax.Array) -> jax.Array:

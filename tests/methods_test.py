@@ -1,4 +1,4 @@
-"""RTN, GPTQ and QuantEase against float64 loops, and the invariants of METHODS: numbers of its section 9 in the names."""
+"""RTN, GPTQ and QuantEase against float64 loops, and invariants of METHODS: numbers of its section 9 in the names."""
 
 import dataclasses
 
@@ -25,11 +25,12 @@ from tests.conftest import make_problem
 from tests.reference import scalar
 
 KEY = jax.random.key(0)
+dequantize = jax.jit(dense)
 
 
 def solve(method, weight, hessian, config, **kwargs):
     problem = LayerProblem(jnp.asarray(weight, jnp.float32), jnp.asarray(hessian, jnp.float32))
-    return np.asarray(method(problem, config, key=KEY, **kwargs).dequantize(), np.float64)
+    return np.asarray(dequantize(method(problem, config, key=KEY, **kwargs)), np.float64)
 
 
 def agree(ours, reference, hessian, weight, fraction=0.999):
@@ -50,8 +51,7 @@ def test_rtn_is_the_nearest_grid_point(bits, group, symmetric):
     np.testing.assert_allclose(solve(rtn, weight, hessian, config), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("order", ["natural", "diagonal"])
-@pytest.mark.parametrize("group", [None, 16])
+@pytest.mark.parametrize(("order", "group"), [("natural", 16), ("diagonal", 16), ("diagonal", None)])
 def test_gptq_matches_the_loop(order, group):
     weight, hessian = make_problem()
     columns = np.argsort(-np.diag(hessian), kind="stable") if order == "diagonal" else np.arange(len(hessian))
@@ -60,7 +60,7 @@ def test_gptq_matches_the_loop(order, group):
     agree(solve(gptq, weight, hessian, config), expected, hessian, weight)
 
 
-@pytest.mark.parametrize("group", [8, 16, 24])
+@pytest.mark.parametrize("group", [8, 24])
 def test_gptq_running_grids_see_compensated_weights(group):
     weight, hessian = make_problem()
     config = GPTQConfig(3, group_size=group, search="minmax", order="natural", grids="running")
@@ -130,17 +130,33 @@ def test_6_neither_sweeps_nor_refits_raise_the_objective(group):
             last = now
 
 
+SMALL = QuantEaseConfig(2, search="minmax", iterations=60, relax=False, refit=False)
+
+
 def test_7_no_single_change_helps_at_convergence():
-    weight, hessian = make_problem(out=4, columns=12)
-    config = QuantEaseConfig(2, search="minmax", iterations=60, relax=False, refit=False)
-    value = solve(quantease, weight, hessian, config)
+    weight, hessian = make_problem(out=4, columns=6)
+    value = solve(quantease, weight, hessian, SMALL, init=jnp.asarray(weight, jnp.float32))
     best = scalar.objective(value - weight, hessian)
-    scale, zero = scalar.grids(weight.astype(np.float32), 2, 12)
+    scale, zero = scalar.grids(weight.astype(np.float32), 2, 6)
     for i, j in np.ndindex(value.shape):
         for code in range(4):
             other = value.copy()
             other[i, j] = scale[i, j] * (code - zero[i, j])
             assert scalar.objective(other - weight, hessian) >= best * (1 - 1e-5)
+
+
+def test_brute_force_on_a_tiny_problem():
+    """Descent from several starts finds the optimum over all 4^6 codes of each row, and never less."""
+    weight, hessian = make_problem(out=4, columns=6)
+    scale, zero = scalar.grids(weight.astype(np.float32), 2, 6)
+    codes = np.stack(np.meshgrid(*[np.arange(4)] * 6), -1).reshape(-1, 1, 6)
+    values = scale * (codes - zero)
+    best = np.einsum("koi,ij,koj->ko", values - weight, hessian, values - weight).min(0)
+    found = np.full(4, np.inf)
+    for start in (weight, *values[::97]):
+        error = solve(quantease, weight, hessian, SMALL, init=jnp.asarray(start, jnp.float32)) - weight
+        found = np.minimum(found, np.sum((error @ hessian) * error, axis=1))
+    np.testing.assert_allclose(found, best, rtol=1e-4)
 
 
 def test_7_descent_improves_on_any_start():
@@ -155,30 +171,16 @@ def test_7_descent_improves_on_any_start():
         np.testing.assert_array_equal(ours.dequantize(), again.dequantize())
 
 
-def test_brute_force_on_a_tiny_problem():
-    """Descent from several starts finds the optimum over all 4^4 codes of a row."""
-    weight, hessian = make_problem(out=1, columns=4, seed=2)
-    scale, zero = scalar.grids(weight.astype(np.float32), 2, 4)
-    codes = np.stack(np.meshgrid(*[np.arange(4)] * 4), -1).reshape(-1, 4)
-    values = scale * (codes - zero)
-    best = min(scalar.objective((v - weight[0])[None], hessian) for v in values)
-    found = [
-        scalar.objective(
-            solve(quantease, weight, hessian, QuantEaseConfig(2, search="minmax", start=s, refit=False)) - weight,
-            hessian,
-        )
-        for s in ("weight", "rtn", "gptq")
-    ]
-    assert min(found) == pytest.approx(best, rel=1e-4)
-
-
-@pytest.mark.parametrize("columns", [5, 7, 130, 136, 200])
+# Less than the 8 columns that are unrolled, and two columns more than a block.
+@pytest.mark.parametrize("columns", [5, 130])
 def test_widths_that_do_not_divide_the_block(columns):
     weight, hessian = make_problem(out=6, columns=columns, tokens=400)
     order = list(np.argsort(-np.diag(hessian), kind="stable"))
     ours = solve(gptq, weight, hessian, GPTQConfig(4, search="minmax"))
     agree(ours, scalar.gptq(weight, hessian, 4, columns, damp=0.01, order=order), hessian, weight)
-    assert np.isfinite(solve(quantease, weight, hessian, QuantEaseConfig(4, iterations=3))).all()
+    if columns > 128:
+        config = QuantEaseConfig(4, search="minmax", iterations=3, start="weight", order="natural", refit=False)
+        agree(solve(quantease, weight, hessian, config), scalar.quantease(weight, hessian, 4, 3), hessian, weight)
 
 
 @pytest.mark.parametrize(

@@ -148,8 +148,7 @@ def quantease(
         )
         if config.refit:
             refitted = _refit_scales(weight, value, hessian, scale, group_of)
-            refitted = refitted.astype(config.storage_dtype).astype(jnp.float32)
-            scale = jnp.where(relaxed, scale, refitted)
+            scale = jnp.where(relaxed, scale, grid.stored_scale(refitted, config.storage_dtype))
         return value, scale, best
 
     best = (jnp.zeros(weight.shape, jnp.uint8), grids.scale, jnp.full(len(weight), jnp.inf))

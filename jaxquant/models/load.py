@@ -82,14 +82,14 @@ def read_directory(path: Path) -> Checkpoint:
     """A Hugging Face directory as a checkpoint; a multimodal Gemma 3 gives its text model.
 
     Raises:
-      ValueError: no config.json, no safetensors, or an index that names a file that is not there.
+      ValueError: no config.json, no safetensors, an index that names a file that is not there, or a damaged file.
     """
     if not (path / "config.json").is_file():
         raise ValueError(f"{path}: expected config.json in it, got a directory without one; for GGUF, name the file")
-    config = json.loads((path / "config.json").read_text())
+    config = read_json(path / "config.json")
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+        files = sorted({path / name for name in read_json(index)["weight_map"].values()})
     else:
         files = sorted(path.glob("*.safetensors"))
     absent = [file.name for file in files if not file.is_file()]
@@ -97,7 +97,7 @@ def read_directory(path: Path) -> Checkpoint:
         raise ValueError(
             f"{path}: expected {absent or 'safetensors files'}, got {sorted(p.name for p in path.iterdir())}"
         )
-    handles = [safetensors.safe_open(file, framework="np") for file in files]
+    handles = [open_safetensors(file) for file in files]
     where = {text_name(key): (handle, key) for handle in handles for key in handle.keys()}  # noqa: SIM118
     shapes = {name: tuple(handle.get_slice(key).get_shape()) for name, (handle, key) in where.items()}
 
@@ -110,6 +110,24 @@ def read_directory(path: Path) -> Checkpoint:
         config = outer | config["text_config"]
         config.setdefault("model_type", GEMMA)
     return Checkpoint(config, shapes, read, tuple(files))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The contents of a JSON file; raises ValueError with its name if it is damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON, got something else ({error}); is the download complete?") from error
+
+
+def open_safetensors(file: Path) -> Any:
+    """A handle of a safetensors file; raises ValueError with its name if it is damaged."""
+    try:
+        return safetensors.safe_open(file, framework="np")
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{file}: expected a whole safetensors file, got one that is damaged ({error}); is the download complete?"
+        ) from error
 
 
 def text_name(name: str) -> str:

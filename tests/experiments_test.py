@@ -1,0 +1,87 @@
+"""The experiment runner on a tiny problem: what a result holds, and that it is not computed twice."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import configs, run
+from jaxquant import METHODS, GPTQConfig, RTNConfig, bits_per_weight, relative_error
+from tests.conftest import make_problem
+
+EXPERIMENT = configs.Layers({"rtn 3-bit": RTNConfig(3, search="minmax"), "rtn 4-bit": RTNConfig(4, search="minmax")})
+
+
+@pytest.fixture
+def problems(tmp_path):
+    weight, hessian = make_problem(out=8, columns=16)
+    folder = tmp_path / "problems"
+    folder.mkdir()
+    triangle = hessian[np.triu_indices(16)].astype(np.float32)
+    np.savez(folder / "tiny_q.npz", W=weight.astype(np.float16), H=triangle)
+    return folder
+
+
+@pytest.fixture
+def main(monkeypatch, tmp_path):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["run", *arguments, "--results", str(tmp_path / "results")])
+        return run.main()
+
+    monkeypatch.setitem(configs.EXPERIMENTS, "tiny", EXPERIMENT)
+    return call
+
+
+def results(tmp_path):
+    return {r["method"]: r for r in map(json.loads, (f.read_text() for f in (tmp_path / "results").rglob("*.json")))}
+
+
+def test_problems_are_read_whole(problems):
+    weight, hessian = make_problem(out=8, columns=16)
+    problem = run.load_problem(problems / "tiny_q.npz")
+    np.testing.assert_array_equal(problem.weight, weight.astype(np.float16))
+    np.testing.assert_array_equal(problem.hessian, hessian.astype(np.float32))
+
+
+def test_a_result_says_what_it_is_and_is_computed_once(main, problems, tmp_path, monkeypatch, capsys):
+    assert main("tiny", "--problems", str(problems), "--only", "3-bit") == 0
+    (result,) = results(tmp_path).values()
+    problem, config = run.load_problem(problems / "tiny_q.npz"), EXPERIMENT.methods["rtn 3-bit"]
+    tensor = METHODS[RTNConfig](problem, config, key=jax.random.key(0))
+    assert result["config"]["method"] == "rtn"
+    assert result["config"]["bits"] == 3
+    assert result["model"] == "tiny_q"
+    assert result["experiment"] == "tiny"
+    assert result["bits_per_weight"] == bits_per_weight(tensor)
+    assert result["relative_error"] == pytest.approx(float(relative_error(problem, tensor)), rel=1e-6)
+    assert {"excess_bits", "seconds", "environment", "commit", "hash", "data"} <= set(result)
+    assert json.loads(capsys.readouterr().out)["method"] == "rtn 3-bit"
+
+    assert main("tiny", "--problems", str(problems)) == 0  # adds the other one
+    both = results(tmp_path)
+    assert set(both) == {"rtn 3-bit", "rtn 4-bit"}
+    assert both["rtn 3-bit"] == result
+    assert both["rtn 4-bit"]["relative_error"] < result["relative_error"]
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+    monkeypatch.setattr(run, "relative_error", None)
+    assert main("tiny", "--problems", str(problems)) == 0
+    assert capsys.readouterr().out == ""
+    assert results(tmp_path) == both
+
+
+def test_errors_are_one_line(main, capsys):
+    assert main("none") == 1
+    assert capsys.readouterr().err.startswith("error: name: expected one of layers, smollm2, speed")
+    assert main("tiny") == 1
+    assert "error: --problems: expected a folder of .npz files" in capsys.readouterr().err
+
+
+def test_every_named_experiment_is_complete():
+    for experiment in configs.EXPERIMENTS.values():
+        assert experiment.methods
+        for config in experiment.methods.values():
+            assert config is None or type(config) in METHODS
+    assert GPTQConfig(3) in configs.EXPERIMENTS["layers"].methods.values()
