@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from experiments.configs import EXPERIMENTS, Layers, Speed, WholeModel
-from jaxquant import LayerProblem, METHODS, Rule, bits_per_weight, dense_tree, relative_error, resolve
+from jaxquant import METHODS, LayerProblem, Rule, bits_per_weight, dense_tree, relative_error, resolve
 from jaxquant.checkpoint import describe_config, environment, hash_params, write_json
 from jaxquant.commands import default_bos
 from jaxquant.data import CalibrationConfig, evaluation_tokens, load_tokens

@@ -37,7 +37,7 @@ def hash_params(params: Any) -> str:
     for path, array in trees.flatten(params).items():
         array = np.asarray(array)
         digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8))
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 
@@ -161,7 +161,7 @@ class BlockStore:
     def load(self, index: int) -> BlockResult:
         """Reads a committed block."""
         args = self._ocp.args.Composite(arrays=self._ocp.args.StandardRestore(), info=self._ocp.args.JsonRestore())
-        restored = self._manager.restore(index, args=args)
+        restored: Any = self._manager.restore(index, args=args)
         arrays = {name: jax.numpy.asarray(x) for name, x in restored.arrays.items()}
         reports = [LayerReport(**{**r, "shape": tuple(r["shape"])}) for r in restored.info["reports"]]
         return BlockResult(index, decode(arrays, restored.info["manifest"]), reports)

@@ -97,7 +97,7 @@ def _measure(loaded: LoadedModel, params: Any, tokens: Any, name: str) -> tuple[
     dense = dense_tree(params, loaded.params["embed"]["weight"].dtype)
     results = evaluate(loaded.model, dense, tokens, loaded.params)
     last = deque(track(results, f"evaluate {name}", total=len(tokens)), maxlen=1).pop()
-    return last.perplexity.value, last.kl
+    return last.perplexity.value, last.kl or 0.0
 
 
 def _quantize(loaded: LoadedModel, data: Any, config: Config, out: Path, tokens: Any) -> Row:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxquant import trees
 from jaxquant.methods import METHODS, Config
 from jaxquant.models.base import Model
-from jaxquant.problem import LayerProblem
+from jaxquant.plan import abstract_problem
 from jaxquant.stats import capture_update
 
 
@@ -59,9 +59,8 @@ def estimate(
     key = jax.random.key(0)
     for shape, settings in {(trees.get(params, path)["weight"].shape, c) for path, c in plan.items() if c is not None}:
         out, n = shape
-        weight, hessian = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((out, n), (n, n)))
         method: Any = METHODS[type(settings)]
-        lowered = method.lower(LayerProblem(weight, hessian), settings, key=key)
+        lowered = method.lower(abstract_problem(shape), settings, key=key)
         # beside its own: the float32 weight, the hessian and the sum that the hessian came from
         steps[f"{method.__name__} of {out} x {n}"] = _working_set(lowered) + (out * n + 2 * n * n) * 4
     largest = max(steps, key=lambda step: steps[step])

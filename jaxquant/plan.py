@@ -62,16 +62,22 @@ def resolve(rules: Sequence[Rule], paths: Sequence[str]) -> dict[str, Config | N
     return plan
 
 
+def abstract_problem(shape: tuple[int, int]) -> Any:
+    """Returns the problem of a layer [out, in] with ShapeDtypeStructs instead of arrays."""
+    out, n = shape
+    weight: Any = jax.ShapeDtypeStruct((out, n), jnp.float32)
+    hessian: Any = jax.ShapeDtypeStruct((n, n), jnp.float32)
+    return LayerProblem(weight, hessian)
+
+
 def abstract_tensor(shape: tuple[int, int], config: Config) -> QuantizedTensor:
     """Returns the quantized tensor of a layer as ShapeDtypeStructs, without running its method.
 
     Raises:
       ValueError: the shape does not fit the settings.
     """
-    out, n = shape
-    problem = LayerProblem(jax.ShapeDtypeStruct((out, n), jnp.float32), jax.ShapeDtypeStruct((n, n), jnp.float32))
     method = METHODS[type(config)]
-    return jax.eval_shape(lambda p, k: method(p, config, key=k), problem, jax.random.key(0))
+    return jax.eval_shape(lambda p, k: method(p, config, key=k), abstract_problem(shape), jax.random.key(0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The least error at a given rate, and how many bits a result wastes against it.
 
-For weights with independent Gaussian entries and inputs with second moments H, the least tr((W - V) H (W - V)^T) at R bits
-per weight is proportional to sum_i min(theta, lambda_i), where lambda are the eigenvalues of H and the water level theta
-solves mean_i max(0, log2(lambda_i / theta) / 2) = R.
+For weights with independent Gaussian entries and inputs with second moments H, the least tr((W - V) H (W - V)^T) at R
+bits per weight is proportional to sum_i min(theta, lambda_i), where lambda are the eigenvalues of H and the water
+level theta solves mean_i max(0, log2(lambda_i / theta) / 2) = R.
 
 Reference: T. Cover and J. Thomas, Elements of Information Theory, section 10.3.3 (parallel Gaussian sources).
 """
@@ -56,7 +56,8 @@ def rate_distortion_bound(problem: LayerProblem, rate: jax.Array | float) -> jax
 
     Returns:
       float32 scalar. Real weights can lie below: rows that differ in variance, and entries that are not Gaussian, need
-      fewer bits. At rate 0 it is the error of independent weights, 1 / rho, with rho the energy of the weights over that.
+      fewer bits. At rate 0 it is the error of independent weights, 1 / rho, with rho the energy of the weights over
+      that.
     """
     eigenvalues, white = _spectrum(problem)
     low = jnp.log2(eigenvalues[0]) - 2 * rate - 1

@@ -45,6 +45,7 @@ def quantize_to_directory(
     prints = checkpoint.fingerprint(loaded.params, data.provenance, plan, seed=seed, batch_size=batch_size)
     checkpoint.open_run(out, prints)
     if export.is_packed(out):
+        shutil.rmtree(out / "blocks", ignore_errors=True)  # there if the run was killed between its last two lines
         return
     results: list[BlockResult] = []
     with checkpoint.block_store(out) as store:

@@ -29,7 +29,9 @@ def problem(weight, hessian):
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0, 2.0, 3.5])
 def test_bound_matches_water_filling(rate):
     weight, hessian = make_problem()
-    assert float(rate_distortion_bound(problem(weight, hessian), rate)) == pytest.approx(bound(weight, hessian, rate), rel=1e-3)
+    assert float(rate_distortion_bound(problem(weight, hessian), rate)) == pytest.approx(
+        bound(weight, hessian, rate), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("rate", [0.3, 1.0, 2.0, 3.5])

@@ -90,16 +90,19 @@ def gptq(problem: LayerProblem, config: GPTQConfig, *, key: jax.Array) -> Unifor
         codes, _, _ = sweep.error_feedback(weight, factor, rounding)
         return grid.tensor(codes[:, back], grids, config.storage_dtype)
 
+    # running grids: a block is a group
     def begin_group(start, targets):
         weights = jax.lax.dynamic_slice_in_dim(importance, start, group)
         fitted = dataclasses.replace(config, group_size=None).fit(targets.T, weights)
         return fitted.scale[:, 0], fitted.zero[:, 0]
 
-    def rounding(state, column, target):
+    def round_running(state, column, target):
         del column
         scale, zero = state
         code = grid.encode(target, scale, zero, config.bits)
         return code.astype(jnp.uint8), scale * (code - zero)
 
-    codes, _, (scale, zero) = sweep.error_feedback(weight, factor, rounding, begin_block=begin_group, block_size=group)
+    codes, _, (scale, zero) = sweep.error_feedback(
+        weight, factor, round_running, begin_block=begin_group, block_size=group
+    )
     return grid.tensor(codes, grid.Grid(scale.T, zero.T, config.bits, config.symmetric), config.storage_dtype)
