@@ -23,6 +23,7 @@ import tyro
 from experiments.configs import EXPERIMENTS, Layers, Speed, WholeModel
 from jaxquant import METHODS, LayerProblem, Rule, bits_per_weight, dense_tree, relative_error, resolve
 from jaxquant.checkpoint import describe_config, environment, hash_params, write_json
+from jaxquant.cli import compile_fast
 from jaxquant.commands import default_bos
 from jaxquant.data import CalibrationConfig, evaluation_tokens, load_tokens
 from jaxquant.evaluate import evaluate
@@ -206,6 +207,7 @@ def run_speed(args: Arguments, experiment: Speed) -> None:
 def main() -> int:
     """Runs the experiment named on the command line."""
     args = tyro.cli(Arguments, prog="python -m experiments.run")
+    compile_fast()
     if args.name not in EXPERIMENTS:
         print(f"error: name: expected one of {', '.join(EXPERIMENTS)}, got {args.name!r}", file=sys.stderr)
         return 1

@@ -16,6 +16,7 @@ import numpy as np
 from jaxquant import linalg, stats, trees
 from jaxquant.methods import METHODS, Config
 from jaxquant.models.base import Model
+from jaxquant.plan import abstract_tensor
 from jaxquant.problem import LayerProblem, dead_columns, relative_error, revive
 from jaxquant.tensors import QuantizedTensor
 
@@ -207,18 +208,33 @@ def compile_ahead(
     dtype = params["embed"]["weight"].dtype
     hidden = functools.partial(jnp.zeros, (*batch_shape, model.config.hidden_size), dtype)
     calls: list[Callable[[], Any]] = []
-    for group in model.groups:
+    for group in model.groups:  # `block` becomes what it will be when the next group's turn comes
         columns = trees.get(block, group[0])["weight"].shape[1]
         calls.append(
-            lambda c=columns, g=group: stats.capture_update(model, block, hidden(), stats.init(c), kind=kind, group=g)
+            lambda b=block, c=columns, g=group: stats.capture_update(
+                model, b, hidden(), stats.init(c), kind=kind, group=g
+            )
         )
-    for (out, n), config in dict.fromkeys(
+        for name in group:
+            config = plan[f"blocks/{start}/{name}"]
+            if config is not None:
+                abstract = abstract_tensor(trees.get(block, name)["weight"].shape, config)
+                empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+                block = trees.replace(block, f"{name}/weight", empty)
+    calls.append(lambda: _forward(model, block, hidden(), kind=kind))
+
+    def solve(shape, config):
+        out, n = shape
+        problem = LayerProblem(jnp.zeros((out, n), jnp.float32), jnp.eye(n, dtype=jnp.float32))
+        damping_used(problem.hessian, config)
+        return relative_error(problem, METHODS[type(config)](problem, config, key=key))
+
+    for shape, config in dict.fromkeys(
         (trees.get(params, path)["weight"].shape, config)
         for path, config in plan.items()
         if config is not None and int(path.split("/")[1]) >= start
     ):
-        problem = LayerProblem(jnp.zeros((out, n), jnp.float32), jnp.eye(n, dtype=jnp.float32))
-        calls.append(lambda p=problem, c=config: METHODS[type(c)](p, c, key=key))
+        calls.append(functools.partial(solve, shape, config))
     with ThreadPoolExecutor() as pool:
         for done in [pool.submit(call) for call in calls]:
             jax.block_until_ready(done.result())
