@@ -231,6 +231,6 @@ def doctor() -> None:
         out.print(f"{name} {version}", highlight=False)
     for name, use in NEEDS.items():
         state = "found" if importlib.util.find_spec(name) else f"missing, needed for {use}"
-        out.print(f"{name}: {state}", highlight=False)
+        out.print(f"{name}: {state}", highlight=False, markup=False)
     if environment["platform"] == "cpu":
-        out.print("accelerator: none; GPUs need pip install 'jax[cuda13]'", highlight=False)
+        out.print("accelerator: none; GPUs need pip install 'jax[cuda13]'", highlight=False, markup=False)

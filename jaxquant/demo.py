@@ -116,7 +116,7 @@ def _quantize(loaded: LoadedModel, data: Any, config: Config, out: Path, tokens:
 
 
 def _plot(rows: list[Row], file: Path) -> bool:
-    """Perplexity against bits; returns False if matplotlib is not there."""
+    """Perplexity of each method beside the dense model's; returns False if matplotlib is not there."""
     try:
         import matplotlib
     except ImportError:
@@ -124,12 +124,14 @@ def _plot(rows: list[Row], file: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for method in dict.fromkeys(r.method.split()[0] for r in rows[1:]):
-        points = sorted((r.bits, r.perplexity) for r in rows[1:] if r.method.startswith(method))
-        axes.plot(*zip(*points, strict=True), "o-", label=method)
-    axes.axhline(rows[0].perplexity, color="grey", linestyle=":", label="dense")
-    axes.set(xlabel="bits per weight, everything counted", ylabel="perplexity", yscale="log")
+    dense, *quantized = rows
+    figure, axes = plt.subplots(figsize=(6, 1 + 0.5 * len(quantized)), layout="constrained")
+    bars = axes.barh([f"{r.method}\n({r.bits:.2f} bits)" for r in quantized], [r.perplexity for r in quantized])
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.axvline(dense.perplexity, color="grey", linestyle=":", label=f"dense {dense.perplexity:.1f}")
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set(xlabel="perplexity (less is better)")
     axes.legend()
     figure.savefig(file, dpi=150)
     plt.close(figure)
