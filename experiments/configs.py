@@ -2,7 +2,16 @@
 
 import dataclasses
 
-from jaxquant.methods import Config, GPTQConfig, QuantEaseConfig, RTNConfig
+from jaxquant.methods import (
+    AQLMConfig,
+    CMPQConfig,
+    Config,
+    GPTQConfig,
+    GPTVQConfig,
+    LNQConfig,
+    QuantEaseConfig,
+    RTNConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,5 +71,26 @@ EXPERIMENTS: dict[str, Layers | WholeModel | Speed] = {
             "quantease 3-bit": QuantEaseConfig(3),
         }
     ),
-    "speed": Speed({"gptq 3-bit": GPTQConfig(3), "quantease 3-bit": QuantEaseConfig(3)}),
+    "pareto": WholeModel(
+        {
+            "cmpq 2.10 bits": CMPQConfig(2.10),
+            "cmpq 3.06 bits": CMPQConfig(3.06),
+            "cmpq 2.56 bits": CMPQConfig(2.56),
+            "cmpq 4.06 bits": CMPQConfig(4.06),
+            "gptvq 2D 3-bit": GPTVQConfig(3, 2),
+            "aqlm 2x8 g8": AQLMConfig(),
+            "lnq 3-bit": LNQConfig(3),
+        }
+    ),
+    "speed": Speed(
+        {
+            "gptq 3-bit": GPTQConfig(3),
+            "quantease 3-bit": QuantEaseConfig(3),
+            "lnq 3-bit": LNQConfig(3),
+            "cmpq 3.0 bits": CMPQConfig(3.0),
+            "gptvq 2D 2-bit": GPTVQConfig(2, 2),
+            "gptvq 4D 2-bit": GPTVQConfig(2, 4),
+            "aqlm 2x8 g8 beam 1": AQLMConfig(beam_size=1),
+        }
+    ),
 }

@@ -68,7 +68,12 @@ def _by_bits(result: Result) -> tuple[Any, ...]:
     return (result["config"].get("bits", 0), result["method"])
 
 
-TABLES: dict[str, Callable[[list[Result]], str]] = {"layers": layers, "smollm2": whole_model, "speed": speed}
+TABLES: dict[str, Callable[[list[Result]], str]] = {
+    "layers": layers,
+    "smollm2": whole_model,
+    "pareto": whole_model,
+    "speed": speed,
+}
 
 
 def main(names: list[str]) -> int:

@@ -1,11 +1,22 @@
 """Extreme weight compression of large language models in JAX."""
 
+from jaxquant.allocate import allocate as allocate
 from jaxquant.methods import METHODS as METHODS
+from jaxquant.methods import AQLMConfig as AQLMConfig
+from jaxquant.methods import CMPQConfig as CMPQConfig
 from jaxquant.methods import GPTQConfig as GPTQConfig
+from jaxquant.methods import GPTVQConfig as GPTVQConfig
+from jaxquant.methods import LNQConfig as LNQConfig
+from jaxquant.methods import OutlierQuantEaseConfig as OutlierQuantEaseConfig
 from jaxquant.methods import QuantEaseConfig as QuantEaseConfig
 from jaxquant.methods import RTNConfig as RTNConfig
+from jaxquant.methods import aqlm as aqlm
+from jaxquant.methods import cmpq as cmpq
 from jaxquant.methods import gptq as gptq
+from jaxquant.methods import gptvq as gptvq
+from jaxquant.methods import lnq as lnq
 from jaxquant.methods import quantease as quantease
+from jaxquant.methods import quantease_outlier as quantease_outlier
 from jaxquant.methods import rtn as rtn
 from jaxquant.ops import matmul as matmul
 from jaxquant.packing import PackedArray as PackedArray
@@ -17,6 +28,11 @@ from jaxquant.plan import resolve as resolve
 from jaxquant.problem import LayerProblem as LayerProblem
 from jaxquant.problem import objective as objective
 from jaxquant.problem import relative_error as relative_error
+from jaxquant.ratedistortion import excess_bits as excess_bits
+from jaxquant.ratedistortion import rate_distortion_bound as rate_distortion_bound
+from jaxquant.tensors import CodebookTensor as CodebookTensor
+from jaxquant.tensors import ConcatTensor as ConcatTensor
+from jaxquant.tensors import OutlierTensor as OutlierTensor
 from jaxquant.tensors import QuantizedTensor as QuantizedTensor
 from jaxquant.tensors import UniformTensor as UniformTensor
 from jaxquant.tensors import bits_per_weight as bits_per_weight

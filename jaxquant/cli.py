@@ -8,12 +8,32 @@ from typing import Annotated
 
 import tyro
 
-from jaxquant.methods import Config, GPTQConfig, QuantEaseConfig, RTNConfig
+from jaxquant.methods import (
+    AQLMConfig,
+    CMPQConfig,
+    Config,
+    GPTQConfig,
+    GPTVQConfig,
+    LNQConfig,
+    OutlierQuantEaseConfig,
+    QuantEaseConfig,
+    RTNConfig,
+)
 from jaxquant.plan import Rule
 
 Method = (
     Annotated[GPTQConfig, tyro.conf.subcommand("gptq", description="Error feedback, column by column (GPTQ).")]
     | Annotated[QuantEaseConfig, tyro.conf.subcommand("quantease", description="Coordinate descent (QuantEase).")]
+    | Annotated[
+        OutlierQuantEaseConfig,
+        tyro.conf.subcommand("quantease-outlier", description="Coordinate descent, outliers kept apart (QuantEase)."),
+    ]
+    | Annotated[LNQConfig, tyro.conf.subcommand("lnq", description="Learned levels per row (LNQ).")]
+    | Annotated[
+        CMPQConfig, tyro.conf.subcommand("cmpq", description="Bits per channel, for any average (CMPQ and beyond).")
+    ]
+    | Annotated[GPTVQConfig, tyro.conf.subcommand("gptvq", description="Vector codebooks (GPTVQ).")]
+    | Annotated[AQLMConfig, tyro.conf.subcommand("aqlm", description="Additive codebooks (AQLM).")]
     | Annotated[RTNConfig, tyro.conf.subcommand("rtn", description="Round to nearest.")]
 )
 

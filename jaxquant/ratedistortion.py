@@ -42,7 +42,8 @@ def _bisect(below, low: jax.Array | float, high: jax.Array | float) -> jax.Array
         return jnp.where(is_below, middle, bounds[0]), jnp.where(is_below, bounds[1], middle)
 
     start = (jnp.float32(low), jnp.float32(high))
-    return sum(jax.lax.fori_loop(0, _STEPS, halve, start)) / 2
+    bounds = jax.lax.fori_loop(0, _STEPS, halve, start)
+    return (bounds[0] + bounds[1]) / 2
 
 
 @jax.jit

@@ -5,15 +5,25 @@ from typing import Any
 
 import jax
 
-from jaxquant import tensors, trees
+from jaxquant import trees
+from jaxquant.codebook_tensor import ColumnTensor, LogScale
 from jaxquant.packing import PackedArray
-from jaxquant.tensors import QuantizedTensor
+from jaxquant.tensors import CodebookTensor, ConcatTensor, OutlierTensor, UniformTensor
+from jaxquant.tiles import TiledTensor
 
 # Classes that may appear in a file, by name.
 CLASSES: dict[str, type] = {
     cls.__name__: cls
-    for cls in (PackedArray, *(c for c in vars(tensors).values() if isinstance(c, type)))
-    if cls is PackedArray or (issubclass(cls, QuantizedTensor) and cls is not QuantizedTensor)
+    for cls in (
+        PackedArray,
+        UniformTensor,
+        CodebookTensor,
+        OutlierTensor,
+        ConcatTensor,
+        TiledTensor,
+        ColumnTensor,
+        LogScale,
+    )
 }
 
 

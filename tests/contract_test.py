@@ -10,7 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import METHODS, GPTQConfig, LayerProblem, QuantEaseConfig, RTNConfig, bits_per_weight, relative_error
+from jaxquant import (
+    METHODS,
+    AQLMConfig,
+    CMPQConfig,
+    GPTQConfig,
+    GPTVQConfig,
+    LayerProblem,
+    LNQConfig,
+    OutlierQuantEaseConfig,
+    QuantEaseConfig,
+    RTNConfig,
+    bits_per_weight,
+    relative_error,
+)
 from jaxquant.checkpoint import block_store
 from jaxquant.export import MODEL_FILE, load_packed, save_packed
 from jaxquant.pipeline import BlockResult, LayerReport
@@ -29,6 +42,7 @@ class Case:
 
     config: Any
     rounding: RTNConfig
+    tables: bool = False  # stores more than codes and grids, which on a tiny layer outweighs them
 
 
 CASES = {
@@ -40,6 +54,11 @@ CASES = {
         RTNConfig(2, group_size=4, storage_dtype="bfloat16"),
     ),
     "quantease": Case(QuantEaseConfig(2, iterations=6, group_size=4), RTNConfig(2, group_size=4)),
+    "quantease-outlier": Case(OutlierQuantEaseConfig(2, iterations=3, outliers=0.05), RTNConfig(2), tables=True),
+    "lnq": Case(LNQConfig(2, restarts=2, rounds=2), RTNConfig(2), tables=True),
+    "cmpq": Case(CMPQConfig(8.0, row_classes=2, rounds=2), RTNConfig(3), tables=True),
+    "gptvq": Case(GPTVQConfig(2, 2, group_size=OUT * IN, rounds=2, iterations=5), RTNConfig(2), tables=True),
+    "aqlm": Case(AQLMConfig(2, 4, 4, 2, rounds=2, iterations=5), RTNConfig(2), tables=True),
     "quantease-paper": Case(QuantEaseConfig.paper(3, iterations=6), RTNConfig(3)),
 }
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -134,6 +153,8 @@ def test_multiples_of_the_hessian_are_equivalent(case):
 
 @each_method
 def test_dead_columns_change_no_other(case):
+    if case.tables:
+        pytest.skip("tables and outliers are shared by all columns, and as many as their number says")
     weight, hessian = make_problem(OUT, IN + 8)
     dead = np.arange(8, 16)  # whole groups, so that the other groups hold the same columns without it
     hessian[dead] = hessian[:, dead] = 0
@@ -150,7 +171,7 @@ def test_no_worse_than_rounding_of_as_many_bits(case):
     for seed in range(5):
         problem = problem_of(*make_problem(OUT, IN, seed=seed))
         tensors = solve(problem, case), METHODS[RTNConfig](problem, case.rounding, key=KEY)
-        assert bits_per_weight(tensors[0]) <= bits_per_weight(tensors[1])
+        assert case.tables or bits_per_weight(tensors[0]) <= bits_per_weight(tensors[1])
         errors += [float(relative_error(problem, t)) for t in tensors]
     assert errors[0] <= errors[1] * (1 + 1e-6)
 
