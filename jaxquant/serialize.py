@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxquant import trees
 from jaxquant.codebook_tensor import ColumnTensor, LogScale
@@ -36,6 +37,9 @@ def _encode(value: Any, name: str, arrays: dict[str, Any]) -> Any:
     if dataclasses.is_dataclass(value):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return {"class": type(value).__name__} | {k: _encode(v, f"{name}.{k}", arrays) for k, v in fields.items()}
+    if value.dtype == jnp.float8_e4m3fn:  # safetensors writes it but cannot read it back as a JAX array
+        arrays[name] = jax.lax.bitcast_convert_type(value, jnp.uint8)
+        return {"array": name, "view": "float8_e4m3fn"}
     arrays[name] = value
     return {"array": name}
 
@@ -46,7 +50,8 @@ def _decode(description: Any, arrays: dict[str, Any]) -> Any:
     if not isinstance(description, dict):
         return description
     if "array" in description:
-        return arrays[description["array"]]
+        array = arrays[description["array"]]
+        return jax.lax.bitcast_convert_type(array, description["view"]) if "view" in description else array
     fields = {k: _decode(v, arrays) for k, v in description.items() if k != "class"}
     if description["class"] not in CLASSES:
         raise ValueError(f"manifest: expected one of {sorted(CLASSES)}, got {description['class']!r}: a newer file?")

@@ -256,7 +256,9 @@ def with_outliers(base: QuantizedTensor, values: jax.Array, positions: jax.Array
     inner = jnp.searchsorted(positions, bounds).astype(jnp.uint32)
     ends = jnp.asarray([len(values)], jnp.uint32)
     starts = jnp.concatenate([jnp.zeros(1, jnp.uint32), inner, ends])
-    return OutlierTensor(base, values.astype(dtype), (positions % size).astype(jnp.uint16), starts)
+    largest = float(jnp.finfo(dtype).max)  # a weight beyond float16 is stored as the largest number there is
+    values = jnp.clip(values, -largest, largest).astype(dtype)
+    return OutlierTensor(base, values, (positions % size).astype(jnp.uint16), starts)
 
 
 def pack_order(order: jax.Array) -> PackedArray | jax.Array:

@@ -7,7 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import METHODS, GPTQConfig, RTNConfig, Rule, dense_tree, pipeline, resolve, stats, trees
+from jaxquant import (
+    METHODS,
+    AQLMConfig,
+    CMPQConfig,
+    GPTQConfig,
+    GPTVQConfig,
+    RTNConfig,
+    Rule,
+    dense_tree,
+    pipeline,
+    resolve,
+    stats,
+    trees,
+)
 from jaxquant.models.load import load_model
 from jaxquant.pipeline import compile_ahead, layer_key, quantize_blocks, quantize_layer
 from jaxquant.plan import linear_paths
@@ -20,7 +33,9 @@ KEY = jax.random.key(0)
 TOKENS = np.random.default_rng(0).integers(0, 256, (4, 24))
 BATCH = 2
 # Every method takes part, each on layers of one shape, so that few programs need compiling.
-CONFIGS = [next(c.config for c in CASES.values() if type(c.config) is method) for method in METHODS]
+# Methods whose tables outweigh a tiny layer have end-to-end runs of their own size elsewhere.
+SMALL = [m for m in METHODS if m not in (CMPQConfig, GPTVQConfig, AQLMConfig)]
+CONFIGS = [next(c.config for c in CASES.values() if type(c.config) is method) for method in SMALL]
 LAYERS = ["attn/q", "attn/k", "mlp/gate", "mlp/down", "attn/v", "attn/o", "mlp/up"]
 RULES = [Rule(f".*/{layer}", config) for layer, config in zip(LAYERS, CONFIGS, strict=False)]
 RULES.append(Rule(".*", RTNConfig(4, search="minmax")))
@@ -64,7 +79,7 @@ def assert_same_bits(ours, expected):
 
 def test_every_method_quantizes_every_block(loaded, finished):
     results, _ = finished
-    assert {type(rule.config) for rule in RULES} == set(METHODS)
+    assert {type(rule.config) for rule in RULES} == set(SMALL)
     assert [r.index for r in results] == [0, 1]
     plan = plan_of(loaded)
     for result in results:
