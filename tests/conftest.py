@@ -1,11 +1,16 @@
 """Strict modes for every test, and the small problems that many of them share."""
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A first example may compile for seconds; no test is about time.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def make_problem(out=24, columns=48, *, seed=0, rank=None, tokens=200):
