@@ -74,7 +74,9 @@ def test_a_result_says_what_it_is_and_is_computed_once(main, problems, tmp_path,
 
 def test_errors_are_one_line(main, capsys):
     assert main("none") == 1
-    assert capsys.readouterr().err.startswith(f"error: name: expected one of {', '.join(configs.EXPERIMENTS)}, got 'none'")
+    assert capsys.readouterr().err.startswith(
+        f"error: name: expected one of {', '.join(configs.EXPERIMENTS)}, got 'none'"
+    )
     assert main("tiny") == 1
     assert "error: --problems: expected a folder of .npz files" in capsys.readouterr().err
 
