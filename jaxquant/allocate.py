@@ -12,7 +12,7 @@ _STEPS = 60
 def allocate(cost: jax.Array, sizes: jax.Array, bits: jax.Array, budget: jax.Array | float) -> jax.Array:
     """Chooses a width for every unit so that the total cost is least.
 
-    Minimises sum_i cost[i, choice_i] subject to sum_i sizes[i] * bits[choice_i] <= budget. A price per bit is bisected
+    Minimises sum_i cost[i, choice_i] subject to sum_i sizes[i] * bits[i, choice_i] <= budget. A price per bit is bisected
     until the units' own best choices just fit; what is left of the budget is spent on single upgrades, the largest
     saving per bit first. Exact where the budget falls on the lower convex hull of all allocations, otherwise off by
     less than one unit's step on it.
@@ -21,14 +21,15 @@ def allocate(cost: jax.Array, sizes: jax.Array, bits: jax.Array, budget: jax.Arr
       cost: float32 [n, B], the cost of unit i at option o; need be neither convex nor decreasing. inf forbids an
         option.
       sizes: float32 [n], > 0: weights of a unit.
-      bits: float32 [B]: bits per weight of an option, any order.
+      bits: float32 [n, B], or [B] if alike for all units: bits per weight of an option, any order.
       budget: total bits, scalar. If not even the cheapest options fit, those are returned.
 
     Returns:
       int32 [n], options.
     """
     _check(cost, sizes, bits)
-    used = sizes[:, None] * bits[None, :].astype(jnp.float32)
+    bits = jnp.broadcast_to(bits.astype(jnp.float32), cost.shape)
+    used = sizes[:, None] * bits
     limit = jnp.float32(budget)
     units = jnp.arange(len(sizes))
 
@@ -48,7 +49,7 @@ def allocate(cost: jax.Array, sizes: jax.Array, bits: jax.Array, budget: jax.Arr
     # can save.
     finite = jnp.where(jnp.isfinite(cost), cost, 0)
     spread = jnp.maximum(finite.max() - finite.min(), jnp.finfo(jnp.float32).tiny)
-    gaps = jnp.diff(jnp.sort(bits.astype(jnp.float32)))
+    gaps = jnp.diff(jnp.sort(bits, axis=1), axis=1)
     step = jnp.min(jnp.where(gaps > 0, gaps, jnp.inf)) * sizes.min()
     high = 2 * spread / jnp.where(jnp.isfinite(step), step, 1)
     low = jnp.maximum(high * 1e-18, jnp.finfo(jnp.float32).tiny)
@@ -61,9 +62,10 @@ def allocate(cost: jax.Array, sizes: jax.Array, bits: jax.Array, budget: jax.Arr
 
 def _check(cost: jax.Array, sizes: jax.Array, bits: jax.Array) -> None:
     """Raises ValueError unless the shapes fit together."""
-    if cost.ndim != 2 or sizes.shape != cost.shape[:1] or bits.shape != cost.shape[1:]:
+    if cost.ndim != 2 or sizes.shape != cost.shape[:1] or bits.shape not in (cost.shape[1:], cost.shape):
         raise ValueError(
-            f"allocate: expected cost [n, B], sizes [n] and bits [B], got {cost.shape}, {sizes.shape} and {bits.shape}"
+            "allocate: expected cost [n, B], sizes [n] and bits [B] or [n, B], "
+            f"got {cost.shape}, {sizes.shape} and {bits.shape}"
         )
 
 

@@ -1,5 +1,6 @@
 """A run's directory: every finished block is committed, so that the same command resumes after any interruption.
 
+OUT/costs.json        what widths cost in each layer, if bits are allocated over layers, see `jaxquant.run`
 OUT/run.json          what makes the result: model, data, plan, seed (the fingerprint), and where it runs
 OUT/blocks/<index>/   one orbax checkpoint per finished block, removed once the model is saved
 OUT/model.safetensors the result, see `jaxquant.export`
@@ -24,6 +25,7 @@ from jaxquant.pipeline import BlockResult, LayerReport
 from jaxquant.serialize import decode, encode
 
 FORMAT = 1
+RUN_FILE, COSTS_FILE = "run.json", "costs.json"
 
 
 def describe_config(config: Config | None) -> dict[str, Any] | None:
@@ -97,6 +99,14 @@ def _differences(old: Any, new: Any, at: str = "") -> Iterator[str]:
         yield f"{at}: {old!r} there, {new!r} now"
 
 
+def check_directory(out: Path) -> None:
+    """Raises ValueError if `out` holds files and no run."""
+    # what a run can leave that was killed before its record was written
+    early = {f"{name}{end}" for name in (RUN_FILE, COSTS_FILE) for end in ("", ".part")}
+    if out.exists() and not (out / RUN_FILE).exists() and any(p.name not in early for p in out.iterdir()):
+        raise ValueError(f"{out}: expected a new, an empty or a run's directory, got one with other files in it")
+
+
 def open_run(out: Path, prints: dict[str, Any]) -> dict[str, str] | None:
     """Starts a run in `out`, or takes up one with the same fingerprint.
 
@@ -110,11 +120,9 @@ def open_run(out: Path, prints: dict[str, Any]) -> dict[str, str] | None:
     Raises:
       ValueError: `out` holds a run with another fingerprint (with what differs), or something that is no run.
     """
-    file = out / "run.json"
+    file = out / RUN_FILE
+    check_directory(out)
     if not file.exists():
-        # a run that was killed while it wrote its first file left only the beginning of it
-        if out.exists() and any(p.name != "run.json.part" for p in out.iterdir()):
-            raise ValueError(f"{out}: expected a new, an empty or a run's directory, got one with other files in it")
         out.mkdir(parents=True, exist_ok=True)
         write_json(file, {"fingerprint": prints, "environment": environment()})
         return None

@@ -52,6 +52,13 @@ class _Planned:
     Attributes:
       model: see above.
       method: the method and its settings.
+      calibration: text file, .jsonl, .npy of token ids, or name of a Hugging Face dataset; by default the reference text
+        of Python's own help system, which needs no download.
+      average_bits: bits per weight over all layers together, each layer with the width of `method` that it deserves:
+        what widths cost in each layer is measured first, on 16 windows. Stands before the method's name.
+      costs: file of these measurements, kept and taken up again; by default costs.json in OUT, or in the working
+        directory for `plan`.
+      seed: of the calibration windows and of the methods.
       skip: regular expressions of paths, such as "blocks/0/.*", that stay dense.
       sequences: calibration windows; by default 128, or 32 of the built-in text.
       length: tokens per window.
@@ -61,6 +68,10 @@ class _Planned:
     model: Source
     method: Method
     _: dataclasses.KW_ONLY
+    calibration: str | None = None
+    average_bits: float | None = None
+    costs: Path | None = None
+    seed: int = 0
     skip: tuple[str, ...] = ()
     sequences: int | None = None
     length: int = 2048
@@ -78,16 +89,11 @@ class Quantize(_Planned):
 
     Attributes:
       out: directory for the result.
-      calibration: text file, .jsonl, .npy of token ids, or name of a Hugging Face dataset; by default the reference text
-        of Python's own help system, which needs no download.
-      seed: of the calibration windows and of the methods.
       dense: also save the dequantized model in bfloat16, for transformers, in OUT/dense.
     """
 
     _: dataclasses.KW_ONLY
     out: Path
-    calibration: str | None = None
-    seed: int = 0
     dense: bool = False
 
     def run(self) -> None:
@@ -99,7 +105,7 @@ class Quantize(_Planned):
 
 @dataclasses.dataclass(frozen=True)
 class Plan(_Planned):
-    """Show what `quantize` would do: layers, bits, and peak memory. Nothing runs on data."""
+    """Show what `quantize` would do: layers, bits, and peak memory. Only --average-bits runs anything on data."""
 
     def run(self) -> None:
         """Runs the command."""

@@ -15,17 +15,20 @@ from rich.table import Table
 from jaxquant import checkpoint, export, memory, trees
 from jaxquant import evaluate as evaluation
 from jaxquant.cli import Evaluate, Inspect, Plan, Quantize
-from jaxquant.data import CalibrationConfig, evaluation_tokens, load_tokens
+from jaxquant.data import CalibrationConfig, TokenSet, evaluation_tokens, load_tokens
+from jaxquant.methods import Config
 from jaxquant.models.base import Model
-from jaxquant.models.load import load_model
+from jaxquant.models.load import LoadedModel, load_model
 from jaxquant.pipeline import LayerReport
-from jaxquant.plan import linear_paths, plan_layers, resolve
+from jaxquant.plan import linear_paths, plan_layers, resolve, variants
 from jaxquant.progress import track
-from jaxquant.run import quantize_to_directory
+from jaxquant.run import measure_costs, quantize_to_directory, read_costs
+from jaxquant.sensitivity import allocate_layers
 from jaxquant.tensors import dense_tree, is_quantized
 from jaxquant.tokenizer import Tokenizer, load_tokenizer
 
 SEQUENCES, BUILTIN_SEQUENCES = 128, 32
+COST_SEQUENCES = 16  # tell layers apart well enough, and the inputs of all blocks must be held at once
 
 
 class Opened(NamedTuple):
@@ -38,9 +41,9 @@ class Opened(NamedTuple):
 
 
 def console() -> Console:
-    """Standard output; tables are not folded to 80 columns in a pipe."""
+    """Standard output; tables are not folded to the width of a pipe, which has none."""
     plain = Console()
-    return plain if plain.is_terminal else Console(width=120)
+    return plain if plain.is_terminal else Console(width=160)
 
 
 def open_model(source: str) -> Opened:
@@ -78,11 +81,38 @@ def coverage(params: Any, plan: dict[str, Any]) -> list[str]:
     return lines
 
 
+def calibration(args: Plan | Quantize, loaded: LoadedModel, tokenizer: Tokenizer, most: int | None = None) -> TokenSet:
+    """The calibration tokens of a command, or the first windows of them."""
+    sequences = args.sequences or (SEQUENCES if args.calibration else BUILTIN_SEQUENCES)
+    config = CalibrationConfig(
+        args.calibration,
+        sequences=sequences if most is None else min(sequences, most),
+        length=args.length,
+        seed=args.seed,
+        bos_id=default_bos(loaded.model),
+    )
+    return load_tokens(config, tokenizer, vocab_size=loaded.model.config.vocab_size)
+
+
+def choose(args: Plan | Quantize, loaded: LoadedModel, costs: Path) -> dict[str, Config | None]:
+    """The settings of every layer: the same for all, or, for --average-bits, what each layer deserves."""
+    chosen = resolve(args.rules(), linear_paths(loaded.model, loaded.params))
+    if args.average_bits is None:
+        return chosen
+    skip = [path for path, config in chosen.items() if config is None]
+    configs, file = variants(args.method), args.costs or costs
+    data = calibration(args, loaded, load_tokenizer(loaded.tokenizer_source), COST_SEQUENCES)
+    done = measure_costs(loaded, data, configs, file, seed=args.seed, batch_size=args.batch_size, skip=skip)
+    for _ in track(done, "measure layers", total=len(loaded.params["blocks"])):
+        pass
+    return chosen | allocate_layers(read_costs(file), loaded.params, configs, args.average_bits)
+
+
 def plan(args: Plan) -> None:
     """Prints the plan and its cost."""
     out = console()
     loaded = load_model(args.model)
-    chosen = resolve(args.rules(), linear_paths(loaded.model, loaded.params))
+    chosen = choose(args, loaded, Path(checkpoint.COSTS_FILE))
     layers = plan_layers(chosen, loaded.params)
     table = Table("layer", "shape", "format", "bits/weight", "MB")
     for layer in layers:
@@ -108,18 +138,15 @@ def plan(args: Plan) -> None:
 def quantize(args: Quantize) -> None:
     """Runs or resumes a quantization."""
     out = console()
+    checkpoint.check_directory(args.out)
     loaded = load_model(args.model)
     tokenizer = load_tokenizer(loaded.tokenizer_source)
-    chosen = resolve(args.rules(), linear_paths(loaded.model, loaded.params))
+    chosen = choose(args, loaded, args.out / checkpoint.COSTS_FILE)
     plan_layers(chosen, loaded.params)  # settings that do not fit a layer fail here, not after an hour
     for line in coverage(loaded.params, chosen):
         out.print(line, highlight=False)
-    sequences = args.sequences or (SEQUENCES if args.calibration else BUILTIN_SEQUENCES)
-    config = CalibrationConfig(
-        args.calibration, sequences=sequences, length=args.length, seed=args.seed, bos_id=default_bos(loaded.model)
-    )
-    data = load_tokens(config, tokenizer, vocab_size=loaded.model.config.vocab_size)
-    out.print(f"calibration: {sequences} x {args.length} tokens of {data.provenance['source']}", highlight=False)
+    data = calibration(args, loaded, tokenizer)
+    out.print(f"calibration: {len(data.tokens)} x {args.length} tokens of {data.provenance['source']}", highlight=False)
     results = quantize_to_directory(loaded, data, chosen, args.out, seed=args.seed, batch_size=args.batch_size)
     for _ in track(results, "blocks", total=len(loaded.params["blocks"])):
         pass
@@ -136,7 +163,7 @@ def quantize(args: Quantize) -> None:
 
 def print_reports(out: Console, reports: Sequence[dict[str, Any]]) -> None:
     """Prints a line per layer and the average."""
-    table = Table("layer", "shape", "format", "bits/weight", "relative error", "damp", "dead", "tokens", "s")
+    table = Table("layer", "shape", "format", "bits/weight", "excess", "relative error", "damp", "dead", "tokens", "s")
     weights = bits = 0
     for r in (LayerReport(**r) for r in reports):
         size = r.shape[0] * r.shape[1]
@@ -146,6 +173,7 @@ def print_reports(out: Console, reports: Sequence[dict[str, Any]]) -> None:
             f"{r.shape[0]} x {r.shape[1]}",
             r.format,
             f"{r.bits / size:.4f}",
+            "" if r.excess_bits is None else f"{r.excess_bits:+.3f}",
             "" if r.relative_error is None else f"{r.relative_error:.3e}",
             "" if r.damp is None else f"{r.damp:g}",
             str(r.dead) if r.dead else "",

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.data import windows as windows
-from jaxquant.models.base import Model
+from jaxquant.models.base import Model, run_block, run_embed
 from jaxquant.tensors import dense_tree
 
 DEFAULT_TOKENS = 4096  # per step where no batch size is given
@@ -190,20 +190,10 @@ def _ends(params: Any) -> Any:
 
 def _hidden(model: Model, params: Any, tokens: np.ndarray) -> jax.Array:
     """Hidden states [batch, time, d] after the last block."""
-    hidden = _embed(model, _ends(params), tokens)
+    hidden = run_embed(model, _ends(params), tokens)
     for block, kind in zip(params["blocks"], model.config.layer_kinds, strict=True):
-        hidden = _block(model, block, hidden, kind=kind)
+        hidden = run_block(model, block, hidden, kind=kind)
     return hidden
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _embed(model: Model, ends: Any, tokens: jax.Array) -> jax.Array:
-    return model.embed(ends, tokens)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "kind"), donate_argnames="hidden")
-def _block(model: Model, block: Any, hidden: jax.Array, *, kind: str) -> jax.Array:
-    return model.block(block, hidden, kind)
 
 
 def _log_probabilities(model: Model, ends: Any, hidden: jax.Array) -> jax.Array:

@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant import linalg, stats, trees
+from jaxquant import linalg, ratedistortion, stats, trees
 from jaxquant.methods import METHODS, Config
-from jaxquant.models.base import Model
-from jaxquant.plan import abstract_tensor
+from jaxquant.models.base import Model, run_block, run_embed
 from jaxquant.problem import LayerProblem, dead_columns, relative_error, revive
-from jaxquant.tensors import QuantizedTensor
+from jaxquant.tensors import QuantizedTensor, bits_per_weight, dense, is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +30,7 @@ class LayerReport:
       format: of the quantized tensor, or the dtype of a layer left dense.
       bits: storage bits of the weight.
       relative_error: tr(E H E^T) / tr(W H W^T) with the undamped H of its inputs; None if left dense.
+      excess_bits: bits per weight beyond the rate-distortion bound at this error, see `ratedistortion.excess_bits`.
       damp: damping used, relative to mean(diag H); None where the method needs none.
       dead: inputs that were zero on every token.
       tokens: tokens behind H.
@@ -42,6 +42,7 @@ class LayerReport:
     format: str
     bits: int
     relative_error: float | None = None
+    excess_bits: float | None = None
     damp: float | None = None
     dead: int = 0
     tokens: int = 0
@@ -83,6 +84,7 @@ def quantize_layer(
     key: jax.Array,
     tokens: int = 0,
     damp: float | None = None,
+    eigenvalues: jax.Array | None = None,
 ) -> tuple[QuantizedTensor, LayerReport]:
     """Quantizes one layer and measures the result.
 
@@ -94,6 +96,7 @@ def quantize_layer(
       key: of the whole run.
       tokens: tokens behind the hessian, for the report.
       damp: what `damping_used` says of this hessian and config, if that is known already.
+      eigenvalues: what `ratedistortion.spectrum` says of this hessian, if that is known already.
 
     Returns:
       (the quantized tensor, its report).
@@ -124,6 +127,7 @@ def quantize_layer(
         format=tensor.format,
         bits=tensor.storage_bits(),
         relative_error=error,
+        excess_bits=bits_per_weight(tensor) - float(ratedistortion.rate_at_error(problem, error, eigenvalues)),
         damp=damping_used(hessian, config) if damp is None else damp,
         dead=int(dead_columns(hessian).sum()),
         tokens=tokens,
@@ -132,14 +136,18 @@ def quantize_layer(
     return tensor, report
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _embed(model: Model, params: Any, tokens: jax.Array) -> jax.Array:
-    return model.embed(params, tokens)
+@functools.partial(jax.jit, static_argnames="dtype")
+def _dense(weight: Any, dtype: np.dtype) -> jax.Array:
+    return dense(weight).astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "kind"), donate_argnames="hidden")
-def _forward(model: Model, block: Any, hidden: jax.Array, *, kind: str) -> jax.Array:
-    return model.block(block, hidden, kind)
+def dense_block(block: Any, dtype: jax.typing.DTypeLike) -> Any:
+    """Returns a block with dense weights in `dtype`, one jitted function per format.
+
+    Forward passes run on these, so they are compiled once, however many formats the layers have.
+    """
+    convert = functools.partial(_dense, dtype=np.dtype(dtype))
+    return jax.tree.map(lambda x: convert(x) if is_quantized(x) else x, block, is_leaf=is_quantized)
 
 
 def _dense_report(path: str, weight: Any) -> LayerReport:
@@ -157,15 +165,16 @@ def _quantize_block(
     """Quantizes the groups of a block in order, each on inputs that passed the groups before it."""
     kind, prefix = model.config.layer_kinds[index], f"blocks/{index}/"
     tokens = sum(h.shape[0] * h.shape[1] for h in hidden)
-    reports = []
+    reports, passes = [], block  # what the forward passes see: dense weights, the new ones as they will be decoded
     for group in model.groups:
         weights = {name: trees.get(block, name)["weight"] for name in group}
-        hessian = None
+        hessian = eigenvalues = None
         if any(plan[prefix + name] is not None for name in group):
             gram = stats.init(weights[group[0]].shape[1])
             for h in hidden:
-                gram = stats.capture_update(model, block, h, gram, kind=kind, group=group)
+                gram = stats.capture_update(model, passes, h, gram, kind=kind, group=group)
             hessian = gram / tokens
+            eigenvalues = ratedistortion.spectrum(hessian)
         damps = {}  # a factorization each, and layers that share the hessian mostly share the settings
         for name, weight in weights.items():
             config = plan[prefix + name]
@@ -176,9 +185,17 @@ def _quantize_block(
             if config not in damps:
                 damps[config] = damping_used(hessian, config)
             tensor, report = quantize_layer(
-                prefix + name, weight, hessian, config, key=key, tokens=tokens, damp=damps[config]
+                prefix + name,
+                weight,
+                hessian,
+                config,
+                key=key,
+                tokens=tokens,
+                damp=damps[config],
+                eigenvalues=eigenvalues,
             )
             block = trees.replace(block, f"{name}/weight", tensor)
+            passes = trees.replace(passes, f"{name}/weight", _dense(tensor, hidden[0].dtype))
             reports.append(report)
     return block, reports
 
@@ -207,27 +224,21 @@ def compile_ahead(
     block, kind = params["blocks"][start], model.config.layer_kinds[start]
     dtype = params["embed"]["weight"].dtype
     hidden = functools.partial(jnp.zeros, (*batch_shape, model.config.hidden_size), dtype)
-    calls: list[Callable[[], Any]] = []
-    for group in model.groups:  # `block` becomes what it will be when the next group's turn comes
+    calls: list[Callable[[], Any]] = [lambda: run_block(model, block, hidden(), kind=kind)]
+    for group in model.groups:
         columns = trees.get(block, group[0])["weight"].shape[1]
         calls.append(
-            lambda b=block, c=columns, g=group: stats.capture_update(
-                model, b, hidden(), stats.init(c), kind=kind, group=g
-            )
+            lambda c=columns, g=group: stats.capture_update(model, block, hidden(), stats.init(c), kind=kind, group=g)
         )
-        for name in group:
-            config = plan[f"blocks/{start}/{name}"]
-            if config is not None:
-                abstract = abstract_tensor(trees.get(block, name)["weight"].shape, config)
-                empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
-                block = trees.replace(block, f"{name}/weight", empty)
-    calls.append(lambda: _forward(model, block, hidden(), kind=kind))
 
     def solve(shape, config):
         out, n = shape
         problem = LayerProblem(jnp.zeros((out, n), jnp.float32), jnp.eye(n, dtype=jnp.float32))
         damping_used(problem.hessian, config)
-        return relative_error(problem, METHODS[type(config)](problem, config, key=key))
+        tensor = METHODS[type(config)](problem, config, key=key)
+        error = relative_error(problem, tensor)
+        spectrum = ratedistortion.spectrum(problem.hessian)
+        return ratedistortion.rate_at_error(problem, error, spectrum), _dense(tensor, dtype)
 
     for shape, config in dict.fromkeys(
         (trees.get(params, path)["weight"].shape, config)
@@ -278,11 +289,12 @@ def quantize_blocks(
     tokens = np.asarray(tokens, np.int32)
     if start < len(params["blocks"]):
         compile_ahead(model, params, plan, tokens[:batch_size].shape, key, start)
-    hidden = [_embed(model, ends, tokens[i : i + batch_size]) for i in range(0, len(tokens), batch_size)]
+    hidden = [run_embed(model, ends, tokens[i : i + batch_size]) for i in range(0, len(tokens), batch_size)]
     for index, block in enumerate(params["blocks"]):
         reports = []
         if index >= start:
             block, reports = _quantize_block(model, block, hidden, plan, index, key)
-        hidden = [_forward(model, block, h, kind=model.config.layer_kinds[index]) for h in hidden]
+        passes = dense_block(block, hidden[0].dtype)
+        hidden = [run_block(model, passes, h, kind=model.config.layer_kinds[index]) for h in hidden]
         if index >= start:
             yield BlockResult(index, block, reports)

@@ -17,16 +17,20 @@ from jaxquant.tensors import QuantizedTensor, bits_per_weight
 _STEPS = 50
 
 
-def _spectrum(problem: LayerProblem) -> tuple[jax.Array, jax.Array]:
-    """Eigenvalues of H, scaled so that the largest is 1, float32 [in], and the bound at rate 0 over their sum."""
-    check(problem)
-    weight, hessian = problem.weight, problem.hessian
+@jax.jit
+@jax.default_matmul_precision("highest")
+def spectrum(hessian: jax.Array) -> jax.Array:
+    """Returns the eigenvalues of H [in, in] over the largest, float32 [in], ascending and positive."""
     eigenvalues = jnp.linalg.eigvalsh(hessian)
-    top = eigenvalues[-1]
     # Float32 knows small eigenvalues only up to rounding noise of the largest, some of it negative.
-    eigenvalues = jnp.maximum(eigenvalues / top, jnp.finfo(jnp.float32).eps ** 2)
-    energy = row_objective(weight, hessian).sum() / top
-    return eigenvalues, jnp.mean(weight**2) * len(weight) / energy
+    return jnp.maximum(eigenvalues / eigenvalues[-1], jnp.finfo(jnp.float32).eps ** 2)
+
+
+def _white(problem: LayerProblem, eigenvalues: jax.Array) -> jax.Array:
+    """The relative error that one unit of distortion in `eigenvalues` makes, scalar."""
+    weight, hessian = problem.weight, problem.hessian
+    top = jnp.trace(hessian) / eigenvalues.sum()
+    return jnp.mean(weight**2) * len(weight) / (row_objective(weight, hessian).sum() / top)
 
 
 def _rate(eigenvalues: jax.Array, log_level: jax.Array) -> jax.Array:
@@ -60,18 +64,23 @@ def rate_distortion_bound(problem: LayerProblem, rate: jax.Array | float) -> jax
       fewer bits. At rate 0 it is the error of independent weights, 1 / rho, with rho the energy of the weights over
       that.
     """
-    eigenvalues, white = _spectrum(problem)
+    check(problem)
+    eigenvalues = spectrum(problem.hessian)
     low = jnp.log2(eigenvalues[0]) - 2 * rate - 1
     level = _bisect(lambda x: _rate(eigenvalues, x) > rate, low, 0.0)
-    return jnp.minimum(2.0**level, eigenvalues).sum() * white
+    return jnp.minimum(2.0**level, eigenvalues).sum() * _white(problem, eigenvalues)
 
 
 @jax.jit
 @jax.default_matmul_precision("highest")
-def rate_at_error(problem: LayerProblem, error: jax.Array | float) -> jax.Array:
-    """Bits per weight at which `rate_distortion_bound` reaches a relative error > 0; 0 if it is there at rate 0."""
-    eigenvalues, white = _spectrum(problem)
-    target = jnp.float32(error) / white
+def rate_at_error(problem: LayerProblem, error: jax.Array | float, eigenvalues: jax.Array | None = None) -> jax.Array:
+    """Bits per weight at which `rate_distortion_bound` reaches a relative error > 0; 0 if it is there at rate 0.
+
+    `eigenvalues` are those of `spectrum`, which layers with the same inputs share.
+    """
+    check(problem)
+    eigenvalues = spectrum(problem.hessian) if eigenvalues is None else eigenvalues
+    target = jnp.float32(error) / _white(problem, eigenvalues)
     low = jnp.log2(jnp.maximum(target / len(eigenvalues), jnp.finfo(jnp.float32).tiny)) - 1
     level = _bisect(lambda x: jnp.minimum(2.0**x, eigenvalues).sum() < target, low, 0.0)
     return _rate(eigenvalues, level)

@@ -1,13 +1,15 @@
 """A whole run: quantize a loaded model into a directory, committing each block, and save the result."""
 
 import dataclasses
+import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from jaxquant import checkpoint, export
+from jaxquant import checkpoint, export, sensitivity
 from jaxquant.data import TokenSet
 from jaxquant.methods import Config
 from jaxquant.models.load import LoadedModel
@@ -73,3 +75,72 @@ def quantize_to_directory(
     params = {**loaded.params, "blocks": [r.block for r in results]}
     export.save_packed(out, params, loaded.config_dict, record)
     shutil.rmtree(out / "blocks")
+
+
+def measure_costs(
+    loaded: LoadedModel,
+    data: TokenSet,
+    configs: Sequence[Config],
+    file: Path,
+    *,
+    seed: int = 0,
+    batch_size: int = 8,
+    skip: Sequence[str] = (),
+) -> Iterator[int]:
+    """Measures what each of `configs` costs in each layer, into a JSON file that is written after every block.
+
+    A file of the same model, data and settings is taken up where it stops; read it with `read_costs`.
+
+    Args:
+      loaded: the dense model.
+      data: calibration tokens.
+      configs: settings to try.
+      file: the costs.
+      seed: of labels and methods.
+      batch_size: sequences per forward pass.
+      skip: paths of layers to leave out.
+
+    Yields:
+      The index of every block, once its costs are there.
+
+    Raises:
+      ValueError: `file` holds the costs of something else.
+    """
+    prints = {
+        "model": checkpoint.hash_params(loaded.params),
+        "data": dict(data.provenance),
+        "configs": [checkpoint.describe_config(config) for config in configs],
+        "seed": seed,
+        "batch_size": batch_size,
+        "skip": list(skip),
+    }
+    prints = json.loads(json.dumps(prints))
+    blocks: dict[str, Any] = {}
+    if file.exists():
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if stored.get("fingerprint") != prints:
+            raise ValueError(f"{file}: expected costs of this model, data and settings; name another file or remove it")
+        blocks = stored["blocks"]
+        yield from sorted(map(int, blocks))
+    if len(blocks) == len(loaded.params["blocks"]):
+        return
+    for result in sensitivity.layer_costs(
+        loaded.model,
+        loaded.params,
+        data.tokens,
+        configs,
+        key=jax.random.key(seed),
+        batch_size=batch_size,
+        skip=skip,
+        done=tuple(map(int, blocks)),
+    ):
+        blocks[str(result.index)] = result.costs
+        file.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(file, {"fingerprint": prints, "blocks": blocks})
+        yield result.index
+
+
+def read_costs(file: Path) -> dict[str, list[float]]:
+    """Returns {path: predicted KL with each of the settings} from a file of `measure_costs`, in the order of blocks."""
+    blocks = json.loads(file.read_text(encoding="utf-8"))["blocks"]
+    return {path: costs for index in sorted(blocks, key=int) for path, costs in blocks[index].items()}

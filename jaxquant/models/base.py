@@ -11,6 +11,7 @@ Every linear weight is [out, in], as in the checkpoint, and holds exactly the ch
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -117,3 +118,15 @@ class Model(NamedTuple):
         for block, kind in zip(params["blocks"], self.config.layer_kinds, strict=True):
             hidden = self.block(block, hidden, kind)
         return self.head(params, hidden)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def run_embed(model: Model, params: Any, tokens: jax.Array) -> jax.Array:
+    """Jitted `model.embed`; pass the parameters without their blocks, whose formats would compile it anew."""
+    return model.embed(params, tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "kind"), donate_argnames="hidden")
+def run_block(model: Model, block: Any, hidden: jax.Array, *, kind: str) -> jax.Array:
+    """Jitted `model.block`, compiled once for each kind and formats of the weights; the buffer of `hidden` is reused."""
+    return model.block(block, hidden, kind)

@@ -1,0 +1,198 @@
+"""What a layer's error costs the whole model, and the bits for each layer that follow from it.
+
+An error E in the weight of a layer with inputs x changes its outputs by E x, and the divergence between the model's
+predictions before and after is, to second order and with outputs taken one by one,
+
+    KL ~ 1/2 sum_o E[g_o^2] (E H E^T)_oo    in nats per token,
+
+with H = E[x x^T] and g the gradient of the loss in the layer's outputs, the labels drawn from the model itself (the
+diagonal of the Fisher information of the outputs). Unlike relative errors, these numbers compare across layers.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant import pipeline, stats, trees
+from jaxquant.allocate import allocate
+from jaxquant.methods import METHODS, Config
+from jaxquant.models.base import Model, run_block, run_embed
+from jaxquant.plan import abstract_tensor
+from jaxquant.problem import LayerProblem, row_objective
+from jaxquant.tensors import QuantizedTensor
+
+_CHUNK = 256  # tokens whose logits exist at once
+
+
+class BlockCosts(NamedTuple):
+    """Predicted KL in nats per token of each layer of a block, {path: one number per config}; inf: does not fit."""
+
+    index: int
+    costs: dict[str, list[float]]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _head_gradient(model: Model, ends: Any, hidden: jax.Array, key: jax.Array) -> jax.Array:
+    """Gradient of the summed cross entropy in hidden [batch, time, d], with labels drawn from the model."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    chunk = min(_CHUNK, len(flat))
+    padded = jnp.pad(flat, ((0, -len(flat) % chunk), (0, 0))).reshape(-1, chunk, flat.shape[-1])
+
+    def one(args):
+        x, key = args
+        logits, pull = jax.vjp(lambda x: model.head(ends, x[None])[0].astype(jnp.float32), x)
+        labels = jax.random.categorical(key, logits)
+        return pull(jax.nn.softmax(logits) - jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32))[0]
+
+    gradient = jax.lax.map(one, (padded, jax.random.split(key, len(padded))))
+    return gradient.reshape(-1, flat.shape[-1])[: len(flat)].reshape(hidden.shape)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "kind"), donate_argnames="cotangent")
+def _block_gradients(
+    model: Model, block: Any, hidden: jax.Array, cotangent: jax.Array, *, kind: str
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Gradient in a block's inputs, and the sum over tokens of squared gradients in each layer's outputs [out]."""
+    names = [name for group in model.groups for name in group]
+    layers = {name: trees.get(block, name) for name in names}
+    # A bias of its own for every token stands for the layer's outputs.
+    shapes = {name: (*hidden.shape[:2], layer["weight"].shape[0]) for name, layer in layers.items()}
+    taps = {
+        name: jnp.broadcast_to(layers[name].get("bias", jnp.zeros((), hidden.dtype)), shape)
+        for name, shape in shapes.items()
+    }
+
+    def run(hidden, taps):
+        tapped = trees.update(block, {name: {**layers[name], "bias": tap} for name, tap in taps.items()})
+        return model.block(tapped, hidden, kind)
+
+    _, pull = jax.vjp(run, hidden, taps)
+    gradient, outputs = pull(cotangent)
+    return gradient, {name: jnp.sum(g.astype(jnp.float32) ** 2, axis=(0, 1)) for name, g in outputs.items()}
+
+
+@jax.jit
+@jax.default_matmul_precision("highest")
+def predicted_kl(problem: LayerProblem, tensor: QuantizedTensor | jax.Array, squares: jax.Array) -> jax.Array:
+    """Returns 1/2 sum_o squares_o (E H E^T)_oo of E = tensor - weight, in nats per token; `squares` is E[g^2] [out]."""
+    dense = tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
+    return jnp.sum(row_objective(dense - problem.weight, problem.hessian) * squares) / 2
+
+
+def layer_costs(
+    model: Model,
+    params: Any,
+    tokens: np.ndarray,
+    configs: Sequence[Config],
+    *,
+    key: jax.Array,
+    batch_size: int = 8,
+    skip: Sequence[str] = (),
+    done: Sequence[int] = (),
+) -> Iterator[BlockCosts]:
+    """Measures what each of several settings would cost in each layer of a dense model, other layers left as they are.
+
+    One backward pass gives all gradients; then each layer is quantized with each of `configs` on the dense model's
+    activations. The inputs of all blocks are held at once: blocks * tokens * hidden_size numbers.
+
+    Args:
+      model: pure functions of the network; a layer must accept a bias of shape [batch, time, out].
+      params: its dense parameters.
+      tokens: integers [n, length]; a few sequences are enough.
+      configs: settings to try, of any methods.
+      key: draws labels and seeds the methods, by path.
+      batch_size: sequences per forward pass.
+      skip: paths of layers to leave out.
+      done: blocks to leave out, because their costs are known.
+
+    Yields:
+      BlockCosts, from the last block to the first.
+    """
+    ends = {name: value for name, value in params.items() if name != "blocks"}
+    tokens, kinds = np.asarray(tokens, np.int32), model.config.layer_kinds
+    count = tokens.size
+    inputs: list[list[jax.Array]] = []
+    hidden = [run_embed(model, ends, tokens[i : i + batch_size]) for i in range(0, len(tokens), batch_size)]
+    for kind, block in zip(kinds, params["blocks"], strict=True):
+        inputs.append(hidden)
+        hidden = [run_block(model, block, jnp.copy(h), kind=kind) for h in hidden]
+    keys = jax.random.split(key, len(hidden))
+    cotangents = [_head_gradient(model, ends, h, k) for h, k in zip(hidden, keys, strict=True)]
+    for index in reversed(range(len(params["blocks"]))):
+        block, kind, hidden = params["blocks"][index], kinds[index], inputs.pop()
+        both = [_block_gradients(model, block, h, c, kind=kind) for h, c in zip(hidden, cotangents, strict=True)]
+        cotangents = [gradient for gradient, _ in both]
+        if index in done:
+            continue
+        costs = {}
+        for group in model.groups:
+            paths = {f"blocks/{index}/{name}": name for name in group}
+            if all(path in skip for path in paths):
+                continue
+            gram = stats.init(trees.get(block, group[0])["weight"].shape[1])
+            for h in hidden:
+                gram = stats.capture_update(model, block, h, gram, kind=kind, group=group)
+            for path, name in paths.items():
+                if path not in skip:
+                    problem = LayerProblem(trees.get(block, name)["weight"].astype(jnp.float32), gram / count)
+                    squares = functools.reduce(jnp.add, (s[name] for _, s in both)) / count
+                    costs[path] = _costs(path, problem, squares, configs, key)
+        yield BlockCosts(index, costs)
+
+
+def _costs(path: str, problem: LayerProblem, squares: jax.Array, configs: Sequence[Config], key: jax.Array) -> list:
+    def cost(config: Config) -> float:
+        try:
+            abstract_tensor(problem.weight.shape, config)
+        except ValueError:
+            return float("inf")
+        tensor = METHODS[type(config)](problem, config, key=pipeline.layer_key(key, path))
+        return float(predicted_kl(problem, tensor, squares))
+
+    return [cost(config) for config in configs]
+
+
+def allocate_layers(
+    costs: Mapping[str, Sequence[float]], params: Any, configs: Sequence[Config], average_bits: float
+) -> dict[str, Config]:
+    """Chooses settings for every layer so that the predicted KL is least for the bits that all layers take together.
+
+    Args:
+      costs: {path: predicted KL with each of `configs`}, from `layer_costs`; inf forbids.
+      params: the dense parameters, for shapes.
+      configs: the settings to choose from.
+      average_bits: storage bits of all layers over all their weights.
+
+    Returns:
+      {path: settings}.
+
+    Raises:
+      ValueError: the cheapest settings need more.
+    """
+    weights = {path: trees.get(params, path)["weight"] for path in costs}
+    shapes: dict[str, tuple[int, int]] = {path: (len(w), w.shape[1]) for path, w in weights.items()}
+    abstract: dict[tuple[Any, Config], float] = {}
+    for path, options in costs.items():
+        for config, cost in zip(configs, options, strict=True):
+            if np.isfinite(cost) and (shapes[path], config) not in abstract:
+                abstract[shapes[path], config] = abstract_tensor(shapes[path], config).storage_bits()
+    # In bits per weight of the largest layer, which float32 holds to well under a bit per thousand weights.
+    sizes = np.asarray([np.prod(shapes[path]) for path in costs], np.float64)
+    bits = np.asarray([[abstract.get((shapes[path], config), 0) for config in configs] for path in costs], np.float64)
+    table = np.asarray(list(costs.values()), np.float32)
+    least = np.where(np.isfinite(table), bits, np.inf).min(axis=1).sum() / sizes.sum()
+    if least > average_bits:
+        raise ValueError(
+            f"average_bits: expected at least {least:.4f}, the least that these settings need, got {average_bits}"
+        )
+    choice = allocate(
+        jnp.asarray(table),
+        jnp.asarray(sizes / sizes.max(), jnp.float32),
+        jnp.asarray(bits / sizes[:, None], jnp.float32),
+        float(average_bits * sizes.sum() / sizes.max() * (1 - 1e-6)),
+    )
+    return {path: configs[i] for path, i in zip(costs, np.asarray(choice).tolist(), strict=True)}
