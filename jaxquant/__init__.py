@@ -10,6 +10,7 @@ from jaxquant.methods import LNQConfig as LNQConfig
 from jaxquant.methods import OutlierQuantEaseConfig as OutlierQuantEaseConfig
 from jaxquant.methods import QuantEaseConfig as QuantEaseConfig
 from jaxquant.methods import RTNConfig as RTNConfig
+from jaxquant.methods import TrellisConfig as TrellisConfig
 from jaxquant.methods import aqlm as aqlm
 from jaxquant.methods import cmpq as cmpq
 from jaxquant.methods import gptq as gptq
@@ -18,6 +19,7 @@ from jaxquant.methods import lnq as lnq
 from jaxquant.methods import quantease as quantease
 from jaxquant.methods import quantease_outlier as quantease_outlier
 from jaxquant.methods import rtn as rtn
+from jaxquant.methods import trellis_quantize as trellis_quantize
 from jaxquant.ops import matmul as matmul
 from jaxquant.packing import PackedArray as PackedArray
 from jaxquant.packing import pack as pack

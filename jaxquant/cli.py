@@ -18,6 +18,7 @@ from jaxquant.methods import (
     OutlierQuantEaseConfig,
     QuantEaseConfig,
     RTNConfig,
+    TrellisConfig,
 )
 from jaxquant.plan import Rule
 
@@ -34,6 +35,10 @@ Method = (
     ]
     | Annotated[GPTVQConfig, tyro.conf.subcommand("gptvq", description="Vector codebooks (GPTVQ).")]
     | Annotated[AQLMConfig, tyro.conf.subcommand("aqlm", description="Additive codebooks (AQLM).")]
+    | Annotated[
+        TrellisConfig,
+        tyro.conf.subcommand("trellis", description="Trellis codes, bits per channel; the most accurate."),
+    ]
     | Annotated[RTNConfig, tyro.conf.subcommand("rtn", description="Round to nearest.")]
 )
 

@@ -145,9 +145,11 @@ def layer_costs(
 
 
 def _costs(path: str, problem: LayerProblem, squares: jax.Array, configs: Sequence[Config], key: jax.Array) -> list:
+    out, n = problem.weight.shape
+
     def cost(config: Config) -> float:
         try:
-            abstract_tensor(problem.weight.shape, config)
+            abstract_tensor((out, n), config)
         except ValueError:
             return float("inf")
         tensor = METHODS[type(config)](problem, config, key=pipeline.layer_key(key, path))

@@ -18,22 +18,23 @@ from jaxquant.grid import Grid, encode
 Rounding = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 # Columns whose recurrence is unrolled into straight-line code: long enough to fuse well, short enough to compile fast.
-_UNROLL = 8
+UNROLL = 8
 
 
-def _recurrence(targets: jax.Array, coupling: jax.Array, step: Callable) -> Any:
+def _recurrence(targets: jax.Array, coupling: jax.Array, step: Callable, unroll: int) -> Any:
     """Runs `step` over the columns of a block, in order.
 
     Args:
       targets: float32 [block, out].
       coupling: float32 [block, block]; after column k, targets[l] -= coupling[k, l] * delta_k for every later l.
       step: (index in the block, target [out]) -> (delta [out], results).
+      unroll: columns in straight-line code, if that divides the block.
 
     Returns:
       The results, stacked along a new first axis [block, ...].
     """
     block, out = targets.shape
-    unroll = _UNROLL if block % _UNROLL == 0 else 1
+    unroll = unroll if block % unroll == 0 else 1
 
     def unrolled(targets, start):
         rows = jax.lax.dynamic_slice(targets, (start, 0), (unroll, out))
@@ -57,7 +58,7 @@ def _recurrence(targets: jax.Array, coupling: jax.Array, step: Callable) -> Any:
 def _pad_to_blocks(weight: jax.Array, matrix: jax.Array, block_size: int) -> tuple[jax.Array, jax.Array, int]:
     """Transposes weight and pads in to a multiple of the block with zero weights and an identity in the matrix."""
     n = weight.shape[1]
-    block = min(block_size, -(-n // _UNROLL) * _UNROLL)
+    block = min(block_size, -(-n // UNROLL) * UNROLL)
     pad = -n % block
     weight = jnp.pad(weight.T, ((0, pad), (0, 0)))
     if pad:
@@ -72,6 +73,7 @@ def error_feedback(
     *,
     begin_block: Callable[[jax.Array, jax.Array], Any] = lambda start, targets: None,
     block_size: int = 128,
+    unroll: int = UNROLL,
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Rounds the columns in order; each rounding error is compensated by the columns after it.
 
@@ -85,6 +87,7 @@ def error_feedback(
       begin_block: (first column, targets [block, out] when the block begins) -> state of the block, for grids that are
         fitted to the weights as compensated so far.
       block_size: columns in a block; without `begin_block` it has no effect on the result but for float rounding.
+      unroll: columns whose recurrence is straight-line code.
 
     Returns:
       (codes [out, in], values float32 [out, in], the blocks' states stacked along a new first axis).
@@ -109,7 +112,7 @@ def error_feedback(
             return error, (code, value, error)
 
         coupling = jax.lax.dynamic_slice_in_dim(columns, start, block)
-        codes, values, block_errors = _recurrence(targets, coupling, step)
+        codes, values, block_errors = _recurrence(targets, coupling, step, unroll)
         return jax.lax.dynamic_update_slice_in_dim(errors, block_errors, start, axis=0), (codes, values, state)
 
     starts = jnp.arange(0, len(weight), block)
@@ -126,6 +129,7 @@ def coordinate_descent(
     *,
     relaxed: jax.Array | bool = False,
     block_size: int = 128,
+    unroll: int = UNROLL,
 ) -> tuple[jax.Array, jax.Array]:
     """One cyclic sweep: each column in turn gets its best value, all others held fixed.
 
@@ -139,6 +143,7 @@ def coordinate_descent(
       rounding: rounds one column to nearest; its state is None.
       relaxed: if true, columns move to beta_j unrounded (codes are still those of the rounding).
       block_size: columns in a block; no effect on the result but for float rounding.
+      unroll: see `error_feedback`.
 
     Returns:
       (codes [out, in], values float32 [out, in]).
@@ -163,7 +168,7 @@ def coordinate_descent(
             return new - current[index], (code, new)
 
         coupling = jax.lax.dynamic_slice_in_dim(columns, start, block)
-        codes, new = _recurrence(targets, coupling, step)
+        codes, new = _recurrence(targets, coupling, step, unroll)
         return jax.lax.dynamic_update_slice_in_dim(value, new, start, axis=0), codes
 
     value, codes = jax.lax.scan(sweep_block, value, jnp.arange(0, len(weight), block))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant import trellis
 from jaxquant.codebook import gaussian_levels
 from jaxquant.packing import PackedArray, pack
 from jaxquant.tensors import QuantizedTensor
@@ -68,7 +69,7 @@ def _places(widths: jax.Array, rows: int, top: int) -> jax.Array:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["words", "widths", "levels", "row_scale", "column_scale", "row_class", "column_tile"],
-    meta_fields=["widest"],
+    meta_fields=["widest", "state_bits"],
 )
 @dataclasses.dataclass(frozen=True)
 class TiledTensor(QuantizedTensor):
@@ -80,18 +81,21 @@ class TiledTensor(QuantizedTensor):
     p is bit p of the code of row i and column k. Tiles follow each other in the stream, those of a class together;
     what is left of it is zero.
 
-    The table holds the one level of width 0, then the two of width 1, and so on: first `levels`, then, for widths that
+    With `state_bits` L, codes are those of a trellis (see `jaxquant.trellis`): the rows of a class are a ring in every
+    column, and table[...] is gain[b] * trellis.table(L)[state], where `levels` are the gains of the widths 0 to 8.
+    Without, the table holds the one level of width 0, then the two of width 1, and so on: first `levels`, then, for widths that
     `levels` does not reach, those of `codebook.gaussian_levels`, which need no storage.
 
     Attributes:
       words: uint32 [length].
       widths: PackedArray [classes, ceil(in / 32)], 0 to 8.
-      levels: float16 or float32 [2**(b + 1) - 1], the levels of the widths 0 to some b.
+      levels: float16 or float32 [2**(b + 1) - 1], the levels of the widths 0 to some b; or gains [9].
       row_scale: float [out].
       column_scale: float [in].
       row_class: PackedArray [out].
       column_tile: PackedArray [in].
       widest: the largest width, at most 8 (static).
+      state_bits: L of the trellis, or 0 for plain codes (static).
     """
 
     words: jax.Array
@@ -102,6 +106,7 @@ class TiledTensor(QuantizedTensor):
     row_class: PackedArray
     column_tile: PackedArray
     widest: int
+    state_bits: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -129,10 +134,17 @@ class TiledTensor(QuantizedTensor):
     def dequantize(self) -> jax.Array:
         """Returns the dense weight, float32 [out, in]."""
         rows, columns = self.shape
-        widths = self.widths.unpack().astype(jnp.int32)[class_of_row(rows, self.widths.shape[-2])]
-        codes = self.codes().reshape(rows, -1, TILE).astype(jnp.int32)
-        values = level_table(self.levels, self.widest)[table_index(widths[:, :, None], codes)]
-        values = values.reshape(rows, -1)[:, :columns]
+        classes = self.widths.shape[-2]
+        widths = jnp.repeat(self.widths.unpack().astype(jnp.int32), TILE, axis=1)[class_of_row(rows, classes)]
+        codes = self.codes().astype(jnp.int32)
+        if self.state_bits:
+            state = trellis.states(
+                codes, widths, trellis.rings(class_sizes(rows, classes), self.state_bits), self.state_bits
+            )
+            values = self.levels.astype(jnp.float32)[widths] * jnp.asarray(trellis.table(self.state_bits))[state]
+        else:
+            values = level_table(self.levels, self.widest)[table_index(widths, codes)]
+        values = values[:, :columns]
         values = values[jnp.argsort(self.row_order())]
         values = values[:, jnp.argsort(self.column_order())]
         scale = self.row_scale.astype(jnp.float32)[:, None] * self.column_scale.astype(jnp.float32)[None, :]
@@ -142,7 +154,8 @@ class TiledTensor(QuantizedTensor):
     def format(self) -> str:
         """Short description for tables."""
         mean = self.words.shape[-1] * 32 / (self.shape[0] * self.shape[1])
-        return f"tiles of 0 to {self.widest} bits, mean {mean:.2f}, {self.widths.shape[-2]} row classes"
+        kind = f"trellis of {2**self.state_bits} states, " if self.state_bits else ""
+        return f"{kind}tiles of 0 to {self.widest} bits, mean {mean:.2f}, {self.widths.shape[-2]} row classes"
 
 
 def pack_tiles(codes: jax.Array, widths: jax.Array, length: int, widest: int) -> jax.Array:
@@ -176,6 +189,7 @@ def tiled_tensor(
     *,
     length: int,
     widest: int,
+    state_bits: int = 0,
 ) -> TiledTensor:
     """Builds a TiledTensor.
 
@@ -189,10 +203,13 @@ def tiled_tensor(
       column_tile: int32 [in], 32 of each but the last.
       length: words of the stream, at least as many as the widths ask for.
       widest: the largest width.
+      state_bits: of a trellis, or 0.
     """
     stored = codes[jnp.argsort(row_class)][:, jnp.argsort(column_tile)]
     stored = jnp.pad(stored, ((0, 0), (0, -codes.shape[1] % TILE)))
     words = pack_tiles(stored, widths, length, widest)
     row_bits, column_bits = (max(1, (n - 1).bit_length()) for n in widths.shape)
     classes, columns = pack(row_class, row_bits), pack(column_tile, column_bits)
-    return TiledTensor(words, pack(widths, _WIDTH_BITS), levels, row_scale, column_scale, classes, columns, widest)
+    return TiledTensor(
+        words, pack(widths, _WIDTH_BITS), levels, row_scale, column_scale, classes, columns, widest, state_bits
+    )

@@ -21,6 +21,7 @@ from jaxquant import (
     OutlierQuantEaseConfig,
     QuantEaseConfig,
     RTNConfig,
+    TrellisConfig,
     bits_per_weight,
     relative_error,
 )
@@ -44,6 +45,7 @@ class Case:
     rounding: RTNConfig
     tables: bool = False  # stores more than codes and grids, which on a tiny layer outweighs them
     hardened: bool = True  # holds on problems without any scale, beyond float16, or of a single row
+    neighbours: bool = False  # rows that are neighbours share something
 
 
 CASES = {
@@ -59,7 +61,8 @@ CASES = {
         OutlierQuantEaseConfig(2, iterations=3, outliers=0.05), RTNConfig(2), tables=True, hardened=False
     ),
     "lnq": Case(LNQConfig(2, restarts=2, rounds=2), RTNConfig(2), tables=True),
-    "cmpq": Case(CMPQConfig(8.0, row_classes=2, rounds=2), RTNConfig(1), tables=True, hardened=False),
+    "cmpq": Case(CMPQConfig(8.0, row_classes=2, rounds=2), RTNConfig(1), tables=True),
+    "trellis": Case(TrellisConfig(7.5, state_bits=8, outliers=0.0), RTNConfig(1), tables=True, neighbours=True),
     "gptvq": Case(
         GPTVQConfig(2, 2, group_size=OUT * IN, rounds=2, iterations=5), RTNConfig(2), tables=True, hardened=False
     ),
@@ -144,6 +147,8 @@ def test_vmap_and_jit_equal_a_loop(case):
 
 @every
 def test_permuted_rows_give_permuted_results(case):
+    if case.neighbours:
+        pytest.skip("neighbouring rows share a path")
     rows = np.random.default_rng(0).permutation(OUT)
     permuted = solve(dataclasses.replace(BASE, weight=BASE.weight[rows]), case)
     assert_agree(dense(permuted), dense(solve(BASE, case))[rows])
@@ -268,7 +273,7 @@ def test_degenerate_problems_give_finite_results(case, kind):
 
 @each_method
 def test_one_row(case):
-    if not case.hardened:
+    if not case.hardened or hasattr(case.config, "average_bits"):
         pytest.skip("a single row cannot hold the tables of this method")
     weight, hessian = make_problem(1, IN)
     tensor = solve(problem_of(weight, hessian), case)

@@ -18,6 +18,8 @@ from jaxquant.methods.quantease_outlier import OutlierQuantEaseConfig as Outlier
 from jaxquant.methods.quantease_outlier import quantease_outlier as quantease_outlier
 from jaxquant.methods.rtn import RTNConfig as RTNConfig
 from jaxquant.methods.rtn import rtn as rtn
+from jaxquant.methods.trellis import TrellisConfig as TrellisConfig
+from jaxquant.methods.trellis import trellis_quantize as trellis_quantize
 
 Config = (
     RTNConfig
@@ -28,6 +30,7 @@ Config = (
     | CMPQConfig
     | GPTVQConfig
     | AQLMConfig
+    | TrellisConfig
 )
 
 # (problem, config, *, key) -> QuantizedTensor, each jitted with its config static
@@ -40,4 +43,5 @@ METHODS: dict[type, Any] = {
     CMPQConfig: cmpq,
     GPTVQConfig: gptvq,
     AQLMConfig: aqlm,
+    TrellisConfig: trellis_quantize,
 }

@@ -14,7 +14,8 @@ from typing import Literal
 
 import jax
 
-from jaxquant.methods import cmpq_tiles
+from jaxquant import tile_solver
+from jaxquant.methods import cmpq_levels
 from jaxquant.methods.cmpq_paper import channel_norms
 from jaxquant.methods.settings import check_choice
 from jaxquant.problem import LayerProblem, check, revive
@@ -94,4 +95,8 @@ def cmpq(problem: LayerProblem, config: CMPQConfig, *, key: jax.Array) -> Outlie
     problem = revive(problem)
     if config.allocation == "norm":
         return channel_norms(problem, config.average_bits, config.outliers)
-    return cmpq_tiles.solve(problem, config)
+    classes = min(config.row_classes, len(problem.weight))
+    budget = tile_solver.Budget(
+        config.average_bits, config.outliers, classes, config.rounds, config.sweeps, config.damp
+    )
+    return tile_solver.solve(problem, budget, cmpq_levels.codec())
