@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import linalg
-from jaxquant.packing import PackedArray, pack
+from jaxquant.packing import PackedArray, pack, saturate
 from jaxquant.tensors import QuantizedTensor, dense, pack_order, unpack_order
 
 VectorOrder = Literal["natural", "variance"]
@@ -119,7 +119,7 @@ class ScaledProblem:
 
 
 def _stored_row(row: jax.Array, dtype: str) -> jax.Array:
-    row = row.astype(dtype).astype(jnp.float32)
+    row = saturate(row, dtype).astype(jnp.float32)
     return jnp.where(row > 0, row, 1)
 
 

@@ -86,3 +86,9 @@ def pack(values: jax.Array, bits: int) -> PackedArray:
         words.append(word)
     stream = jnp.stack(words, axis=-1).reshape(*values.shape[:-1], chunks * bits)
     return PackedArray(stream[..., : -(-length * bits // 32)], bits, length)
+
+
+def saturate(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Returns floats in a narrower dtype; what lies beyond its range becomes its largest number instead of infinity."""
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -largest, largest).astype(dtype)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.packing import PackedArray, pack
+from jaxquant.packing import PackedArray, pack, saturate
 
 
 class QuantizedTensor(abc.ABC):
@@ -256,9 +256,7 @@ def with_outliers(base: QuantizedTensor, values: jax.Array, positions: jax.Array
     inner = jnp.searchsorted(positions, bounds).astype(jnp.uint32)
     ends = jnp.asarray([len(values)], jnp.uint32)
     starts = jnp.concatenate([jnp.zeros(1, jnp.uint32), inner, ends])
-    largest = float(jnp.finfo(dtype).max)  # a weight beyond float16 is stored as the largest number there is
-    values = jnp.clip(values, -largest, largest).astype(dtype)
-    return OutlierTensor(base, values, (positions % size).astype(jnp.uint16), starts)
+    return OutlierTensor(base, saturate(values, dtype), (positions % size).astype(jnp.uint16), starts)
 
 
 def pack_order(order: jax.Array) -> PackedArray | jax.Array:

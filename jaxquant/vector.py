@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.packing import pack
+from jaxquant.packing import pack, saturate
 from jaxquant.tensors import CodebookTensor, UniformTensor
 from jaxquant.vector_sweep import from_vectors, to_vectors
 
@@ -220,10 +220,10 @@ def store_books(books: jax.Array, bits: int) -> jax.Array | UniformTensor:
     across, down, count, size, d = books.shape
     flat = books.swapaxes(0, 1).reshape(down * across * count, size * d)
     if bits == 16:
-        return flat.astype(jnp.float16)
+        return saturate(flat, jnp.float16)
     top = 2 ** (bits - 1) - 1
     scale = jnp.max(jnp.abs(flat), axis=1, keepdims=True) / top
-    scale = jnp.maximum(scale, float(jnp.finfo(jnp.float16).tiny)).astype(jnp.float16)
+    scale = saturate(jnp.maximum(scale, float(jnp.finfo(jnp.float16).tiny)), jnp.float16)
     codes = jnp.clip(jnp.round(flat / scale.astype(jnp.float32)), -top - 1, top) + (top + 1)
     return UniformTensor(pack(codes.astype(jnp.uint32), bits), scale, None)
 

@@ -44,8 +44,7 @@ class Case:
     config: Any
     rounding: RTNConfig
     tables: bool = False  # stores more than codes and grids, which on a tiny layer outweighs them
-    hardened: bool = True  # holds on problems without any scale, beyond float16, or of a single row
-    neighbours: bool = False  # rows that are neighbours share something
+    neighbours: bool = False  # neighbouring rows share a path
 
 
 CASES = {
@@ -57,16 +56,12 @@ CASES = {
         RTNConfig(2, group_size=4, storage_dtype="bfloat16"),
     ),
     "quantease": Case(QuantEaseConfig(2, iterations=6, group_size=4), RTNConfig(2, group_size=4)),
-    "quantease-outlier": Case(
-        OutlierQuantEaseConfig(2, iterations=3, outliers=0.05), RTNConfig(2), tables=True, hardened=False
-    ),
+    "quantease-outlier": Case(OutlierQuantEaseConfig(2, iterations=3, outliers=0.05), RTNConfig(2), tables=True),
     "lnq": Case(LNQConfig(2, restarts=2, rounds=2), RTNConfig(2), tables=True),
     "cmpq": Case(CMPQConfig(8.0, row_classes=2, rounds=2), RTNConfig(1), tables=True),
     "trellis": Case(TrellisConfig(7.5, state_bits=8, outliers=0.0), RTNConfig(1), tables=True, neighbours=True),
-    "gptvq": Case(
-        GPTVQConfig(2, 2, group_size=OUT * IN, rounds=2, iterations=5), RTNConfig(2), tables=True, hardened=False
-    ),
-    "aqlm": Case(AQLMConfig(2, 4, 4, 2, rounds=2, iterations=5), RTNConfig(2), tables=True, hardened=False),
+    "gptvq": Case(GPTVQConfig(2, 2, group_size=OUT * IN, rounds=2, iterations=5), RTNConfig(2), tables=True),
+    "aqlm": Case(AQLMConfig(2, 4, 4, 2, rounds=2, iterations=5), RTNConfig(2), tables=True),
     "quantease-paper": Case(QuantEaseConfig.paper(3, iterations=6), RTNConfig(3)),
 }
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -253,8 +248,6 @@ def degenerate(kind):
     ["zero rows", "constant rows", "all zero", "outlier", "tiny", "duplicate columns", "identity", "few tokens"],
 )
 def test_degenerate_problems_give_finite_results(case, kind):
-    if not case.hardened and kind in ("zero rows", "all zero", "outlier", "tiny"):
-        pytest.skip("not yet hardened against weights without a scale or beyond float16")
     problem = degenerate(kind)
     tensor = solve(problem, case)
     result = dense(tensor)
@@ -262,7 +255,8 @@ def test_degenerate_problems_give_finite_results(case, kind):
     for leaf in jax.tree.leaves(tensor):
         assert np.isfinite(np.asarray(leaf, np.float32)).all()
     weight = np.asarray(problem.weight)
-    assert not result[np.all(weight == 0, axis=1)].any()
+    if not isinstance(case.config, GPTVQConfig):  # whose rows have no scale of their own
+        assert not result[np.all(weight == 0, axis=1)].any()
     if kind not in ("all zero", "outlier"):
         assert float(relative_error(problem, tensor)) < 1
     if kind == "constant rows":  # the ends of a grid's range are on it, but for rounding of the scale
@@ -273,7 +267,7 @@ def test_degenerate_problems_give_finite_results(case, kind):
 
 @each_method
 def test_one_row(case):
-    if not case.hardened or hasattr(case.config, "average_bits"):
+    if hasattr(case.config, "average_bits"):
         pytest.skip("a single row cannot hold the tables of this method")
     weight, hessian = make_problem(1, IN)
     tensor = solve(problem_of(weight, hessian), case)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxquant import grid, linalg, outliers, sweep
 from jaxquant.methods.settings import GridConfig, Order, check_choice, column_order
 from jaxquant.outliers import ColumnOutlierTensor
+from jaxquant.packing import saturate
 from jaxquant.problem import LayerProblem, check, revive
 from jaxquant.tensors import OutlierTensor, with_outliers
 
@@ -114,7 +115,7 @@ def quantease_outlier(
             lambda s: s,
             stepped,
         )
-        stepped = stepped.astype(config.storage_dtype).astype(jnp.float32)
+        stepped = saturate(stepped, config.storage_dtype).astype(jnp.float32)
         return codes, value, jnp.where(last, sparse, stepped)
 
     codes, _, sparse = jax.lax.fori_loop(0, config.iterations, iterate, (codes, value, sparse))
@@ -124,7 +125,7 @@ def quantease_outlier(
         # Columns that turned out all zero leave unused entries: beyond the weight, with values 0.
         (chosen,) = jnp.nonzero(jnp.any(sparse != 0, axis=0), size=count, fill_value=columns)
         values = sparse.at[:, chosen].get(mode="fill", fill_value=0)
-        return ColumnOutlierTensor(base, values.astype(config.storage_dtype), chosen.astype(jnp.uint16))
+        return ColumnOutlierTensor(base, saturate(values, config.storage_dtype), chosen.astype(jnp.uint16))
     (positions,) = jnp.nonzero(sparse.reshape(-1), size=count, fill_value=out * columns)
     values = sparse.reshape(-1).at[positions].get(mode="fill", fill_value=0)
     return with_outliers(base, values, positions.astype(jnp.int32), config.storage_dtype)
