@@ -1,0 +1,97 @@
+"""Plot the stored results: `python -m experiments.plots [NAME ...] [--out DIR]`, one SVG per experiment."""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from experiments.tables import Result, load
+
+Series = dict[str, list[tuple[float, float]]]
+
+
+def families(results: list[Result], x: str, y: str) -> Series:
+    """Points of the methods' families, such as "gptq paper" for "gptq 3-bit paper", sorted by x."""
+    series: Series = defaultdict(list)
+    for r in results:
+        if r["config"] is not None:
+            words = [word for word in r["method"].replace(",", "").split() if not any(c.isdigit() for c in word)]
+            series[" ".join(word for word in words if word not in ("bit", "bits"))].append((r[x], r[y]))
+    return {name: sorted(points) for name, points in sorted(series.items())}
+
+
+def lines(axis: Any, series: Series) -> None:
+    """Draws every family as a line with a marker per result; colours and markers stay the same from panel to panel."""
+    for k, (name, points) in enumerate(series.items()):
+        axis.plot(*zip(*points, strict=True), color=f"C{k % 10}", marker="osD^v<>"[k // 10 % 7], ms=3, lw=1, label=name)
+
+
+def layers(results: list[Result]) -> Any:
+    """A panel per problem: bits wasted against bits spent."""
+    problems = sorted({r["model"] for r in results})
+    figure, axes = plt.subplots(1, len(problems), figsize=(3.2 * len(problems), 3.6), sharey=True, squeeze=False)
+    for axis, problem in zip(axes[0], problems, strict=True):
+        lines(axis, families([r for r in results if r["model"] == problem], "bits_per_weight", "excess_bits"))
+        axis.set(title=problem, xlabel="bits per weight")
+    axes[0, 0].set_ylabel("bits beyond the rate-distortion bound")
+    axes[0, -1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def whole_model(results: list[Result]) -> Any:
+    """Perplexity against bits, and the dense model."""
+    figure, axis = plt.subplots(figsize=(5, 4))
+    lines(axis, families(results, "bits_per_weight", "perplexity"))
+    for r in results:
+        if r["config"] is None:
+            axis.axhline(r["perplexity"], color="0.5", lw=1, ls=":", label=f"dense {r['perplexity']:.2f}")
+    axis.set(xlabel="bits per weight", ylabel="perplexity", yscale="log")
+    axis.legend(fontsize=7)
+    return figure
+
+
+def speed(results: list[Result]) -> Any:
+    """Seconds, and bytes of device memory beyond the problem, against the size of a square layer."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.6))
+    for axis, name, label in zip(axes, ("seconds", "peak_bytes"), ("seconds", "peak device bytes"), strict=True):
+        series: Series = defaultdict(list)
+        for r in results:
+            if r.get(name):
+                series[r["method"]].append((r["columns"], r[name]))
+        lines(axis, {method: sorted(points) for method, points in sorted(series.items())})
+        axis.set(xlabel="in = out", ylabel=label, xscale="log", yscale="log")
+    axes[0].legend(fontsize=6)
+    return figure
+
+
+PLOTS: dict[str, Callable[[list[Result]], Any]] = {
+    "layers": layers,
+    "pareto": whole_model,
+    "smollm2": whole_model,
+    "speed": speed,
+}
+
+
+def main() -> None:
+    """Draws the named plots, or all that have results."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.plots", description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*PLOTS, []], help="by default all that have results")
+    parser.add_argument("--out", type=Path, default=Path("plots"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.names or PLOTS:
+        results = load(name)
+        if results:
+            file = args.out / f"{name}.svg"
+            PLOTS[name](results).savefig(file, bbox_inches="tight")
+            print(file)
+
+
+if __name__ == "__main__":
+    main()
