@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-WIDEST = 8
+# Programs for columns of up to so many bits: the work of a step grows with the largest width.
+_PROGRAMS = (2, 4, 8)
 
 
 class Trellis(NamedTuple):
@@ -116,6 +117,11 @@ def states(codes: jax.Array, widths: jax.Array, runs: Rings, state_bits: int) ->
     return state & np.int32(2**state_bits - 1)
 
 
+def _least(x: jax.Array) -> jax.Array:
+    """Minimum over the middle axis, spelled out: XLA hands what it knows as a minimum to a library that is slow here."""
+    return jax.lax.reduce(x, np.float32(np.inf), lambda a, b: jnp.where(b < a, b, a), (1,))
+
+
 def _viterbi(
     target: jax.Array,
     weight: jax.Array,
@@ -141,33 +147,28 @@ def _viterbi(
       int32 [runs, m], states.
     """
     runs, size = values.shape
-    half, state_bits = size // 2, size.bit_length() - 1
+    state_bits = size.bit_length() - 1
 
     def forward(cost, inputs):
         target, weight, width = inputs
+        arrival = cost
+        for b in range(1, widest + 1):  # the b bits that leave at the top are free to be the cheapest
+            best = _least(cost.reshape(runs, 2**b, size >> b))
+            arrival = jnp.where((width == b)[:, None], jnp.repeat(best, 2**b, axis=1), arrival)
+        return arrival + weight[:, None] * (target[:, None] - values) ** 2, cost
 
-        def shift(p, state):  # one bit enters at the bottom, one of two leaves at the top
-            cost, left = state
-            top = cost[:, half:] < cost[:, :half]
-            best = jnp.where(top, cost[:, half:], cost[:, :half])
-            gone = (jnp.where(top, left[:, half:], left[:, :half]) << 1) | top.astype(jnp.uint8)
-            moved = jnp.repeat(best, 2, axis=1), jnp.repeat(gone, 2, axis=1)
-            return jax.tree.map(lambda new, old: jnp.where((p < width)[:, None], new, old), moved, state)
-
-        # A loop, since straight-line code would be fused and compute every stage once per path into it.
-        cost, left = jax.lax.fori_loop(0, widest, shift, (cost, jnp.zeros((runs, size), jnp.uint8)))
-        return cost + weight[:, None] * (target[:, None] - values) ** 2, left
-
-    cost, left = jax.lax.scan(forward, cost, (target.T, weight.T, width.T))
+    cost, before = jax.lax.scan(forward, cost, (target.T, weight.T, width.T))
     end = jnp.where(end >= 0, end, jnp.argmin(cost, axis=1).astype(jnp.int32))
+    top = jnp.arange(2**widest, dtype=jnp.int32)[None, :]
 
     def backward(state, inputs):
-        left, width = inputs
-        gone = jnp.take_along_axis(left, state[:, None], axis=1)[:, 0].astype(jnp.int32)
-        before = jnp.right_shift(state, width) | jnp.left_shift(gone, np.int32(state_bits) - width)
-        return jnp.where(width > 0, before, state), state
+        cost, width = inputs[0], inputs[1][:, None]
+        origins = jnp.left_shift(top, np.int32(state_bits) - width) | jnp.right_shift(state[:, None], width)
+        possible = top < jnp.left_shift(np.int32(1), width)
+        costs = jnp.where(possible, jnp.take_along_axis(cost, jnp.where(possible, origins, 0), axis=1), jnp.inf)
+        return jnp.take_along_axis(origins, jnp.argmin(costs, axis=1)[:, None], axis=1)[:, 0], state
 
-    return jax.lax.scan(backward, end, (left, width.T), reverse=True)[1].T
+    return jax.lax.scan(backward, end, (before, width.T), reverse=True)[1].T
 
 
 def search(
@@ -198,9 +199,9 @@ def search(
     moves = jnp.where(valid, width[:, None], 0)
     target, weight = target[runs.row], jnp.where(valid, weight[runs.row], 0)
     ends = None if incumbent is None else incumbent[runs.row[:, -1]]
-    # A program for each largest width: a loop of unknown length in the innermost place would stall an accelerator.
-    paths = [functools.partial(_path, closed=runs.closed, widest=b) for b in range(WIDEST + 1)]
-    path = jax.lax.switch(width.max(), paths, target, weight, moves, values, ends)
+    paths = [functools.partial(_path, closed=runs.closed, widest=b) for b in _PROGRAMS]
+    program = jnp.sum(width.max() > np.asarray(_PROGRAMS))
+    path = jax.lax.switch(program, paths, target, weight, moves, values, ends)
     return path[runs.run, runs.place]
 
 
