@@ -126,13 +126,19 @@ class TiledTensor(QuantizedTensor):
             codes = codes | (((words[:, :, p, None] >> column) & np.uint32(1)) << np.uint32(p))
         return codes.reshape(len(codes), -1).astype(jnp.uint8)
 
+    def code_widths(self) -> jax.Array:
+        """Returns the width of every code in stored order, int32 [out, tiles * 32]."""
+        widths = self.widths.unpack().astype(jnp.int32)[class_of_row(self.shape[0], self.widths.shape[-2])]
+        return jnp.repeat(widths, TILE, axis=1)
+
+    def code_levels(self, codes: jax.Array) -> jax.Array:
+        """Returns the levels of codes [out, tiles * 32] in stored order, float32 of the same shape."""
+        index = table_index(self.code_widths(), codes.astype(jnp.int32))
+        return level_table(self.levels, self.widest)[index]
+
     def dequantize(self) -> jax.Array:
         """Returns the dense weight, float32 [out, in]."""
-        rows, columns = self.shape
-        widths = self.widths.unpack().astype(jnp.int32)[class_of_row(rows, self.widths.shape[-2])]
-        codes = self.codes().reshape(rows, -1, TILE).astype(jnp.int32)
-        values = level_table(self.levels, self.widest)[table_index(widths[:, :, None], codes)]
-        values = values.reshape(rows, -1)[:, :columns]
+        values = self.code_levels(self.codes())[:, : self.shape[1]]
         values = values[jnp.argsort(self.row_order())]
         values = values[:, jnp.argsort(self.column_order())]
         scale = self.row_scale.astype(jnp.float32)[:, None] * self.column_scale.astype(jnp.float32)[None, :]
