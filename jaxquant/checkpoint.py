@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from jaxquant import trees
+from jaxquant.finetune import FinetuneConfig, TuneReport
 from jaxquant.methods import METHODS, Config
 from jaxquant.pipeline import BlockResult, LayerReport
 from jaxquant.serialize import decode, encode
@@ -42,7 +43,13 @@ def hash_params(params: Any) -> str:
 
 
 def fingerprint(
-    params: Any, data: Mapping[str, Any], plan: Mapping[str, Config | None], *, seed: int, batch_size: int
+    params: Any,
+    data: Mapping[str, Any],
+    plan: Mapping[str, Config | None],
+    *,
+    seed: int,
+    batch_size: int,
+    finetune: FinetuneConfig | None = None,
 ) -> dict[str, Any]:
     """Returns all that determines the result of a run, ready for JSON.
 
@@ -52,6 +59,7 @@ def fingerprint(
       plan: {path: settings or None}.
       seed: of the run's key.
       batch_size: sequences per forward pass; it moves float rounding.
+      finetune: settings of block fine-tuning, or None.
     """
     plan_json = {path: describe_config(config) for path, config in plan.items()}
     return json.loads(
@@ -63,6 +71,7 @@ def fingerprint(
                 "plan": plan_json,
                 "seed": seed,
                 "batch_size": batch_size,
+                "finetune": None if finetune is None else dataclasses.asdict(finetune),
             }
         )
     )
@@ -152,6 +161,7 @@ class BlockStore:
         """Commits a block; either all of it is there afterwards or nothing."""
         arrays, manifest = encode(result.block)
         info = {"manifest": manifest, "reports": [dataclasses.asdict(r) for r in result.reports]}
+        info["tuning"] = None if result.tuning is None else dataclasses.asdict(result.tuning)
         # As numpy arrays, so that a run can be taken up on other devices.
         args = self._ocp.args.Composite(
             arrays=self._ocp.args.StandardSave(jax.device_get(arrays)), info=self._ocp.args.JsonSave(info)
@@ -164,7 +174,9 @@ class BlockStore:
         restored: Any = self._manager.restore(index, args=args)
         arrays = {name: jax.numpy.asarray(x) for name, x in restored.arrays.items()}
         reports = [LayerReport(**{**r, "shape": tuple(r["shape"])}) for r in restored.info["reports"]]
-        return BlockResult(index, decode(arrays, restored.info["manifest"]), reports)
+        tuning = restored.info.get("tuning")
+        tuning = None if tuning is None else TuneReport(**tuning)
+        return BlockResult(index, decode(arrays, restored.info["manifest"]), reports, tuning)
 
     def close(self) -> None:
         """Releases the manager's threads."""

@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant import linalg, stats, trees
+from jaxquant import linalg, stats, stream, trees
+from jaxquant.finetune import FinetuneConfig, TuneReport
 from jaxquant.methods import METHODS, Config
 from jaxquant.models.base import Model
 from jaxquant.plan import abstract_tensor
 from jaxquant.problem import LayerProblem, dead_columns, relative_error, revive
 from jaxquant.tensors import QuantizedTensor
+from jaxquant.training import split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +51,15 @@ class LayerReport:
 
 
 class BlockResult(NamedTuple):
-    """One finished block: its index, its parameters with quantized weights, and a report per layer."""
+    """One finished block: index, parameters with quantized weights, a report per layer, and one of fine-tuning, if any.
+
+    The reports' errors are those before fine-tuning.
+    """
 
     index: int
     block: Any
     reports: list[LayerReport]
+    tuning: TuneReport | None = None
 
 
 @functools.partial(jax.jit, static_argnames="damp")
@@ -130,16 +136,6 @@ def quantize_layer(
         seconds=time.perf_counter() - began,
     )
     return tensor, report
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _embed(model: Model, params: Any, tokens: jax.Array) -> jax.Array:
-    return model.embed(params, tokens)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "kind"), donate_argnames="hidden")
-def _forward(model: Model, block: Any, hidden: jax.Array, *, kind: str) -> jax.Array:
-    return model.block(block, hidden, kind)
 
 
 def _dense_report(path: str, weight: Any) -> LayerReport:
@@ -221,7 +217,7 @@ def compile_ahead(
                 abstract = abstract_tensor(trees.get(block, name)["weight"].shape, config)
                 empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
                 block = trees.replace(block, f"{name}/weight", empty)
-    calls.append(lambda: _forward(model, block, hidden(), kind=kind))
+    calls.append(lambda: stream.forward(model, block, hidden(), kind=kind))
 
     def solve(shape, config):
         out, n = shape
@@ -249,6 +245,8 @@ def quantize_blocks(
     key: jax.Array,
     batch_size: int = 8,
     start: int = 0,
+    finetune: FinetuneConfig | None = None,
+    dense_blocks: Sequence[Any] | None = None,
 ) -> Iterator[BlockResult]:
     """Quantizes the blocks of a model one after the other; the caller saves, logs and stops as it likes.
 
@@ -264,25 +262,45 @@ def quantize_blocks(
       key: seeds the methods, by path.
       batch_size: sequences per forward pass; it changes results by float rounding only.
       start: first block to quantize.
+      finetune: fine-tune every block once its layers are quantized, or None.
+      dense_blocks: the dense blocks, for the targets of fine-tuning; by default those of `params`. Needed to go on from
+        a later start with targets "model".
 
     Yields:
       BlockResult for each block from `start` on.
 
     Raises:
-      ValueError: from `quantize_layer`, with the layer's path.
+      ValueError: from `quantize_layer`, with the layer's path; too few tokens to fine-tune.
 
     Reference: the sequential protocol of Frantar et al., GPTQ, https://arxiv.org/abs/2210.17323, with "true sequential"
     groups.
     """
-    ends = {name: value for name, value in params.items() if name != "blocks"}
     tokens = np.asarray(tokens, np.int32)
+    if finetune:
+        split(finetune.train, len(tokens))  # too few windows: fail now, not after the first block
     if start < len(params["blocks"]):
         compile_ahead(model, params, plan, tokens[:batch_size].shape, key, start)
-    hidden = [_embed(model, ends, tokens[i : i + batch_size]) for i in range(0, len(tokens), batch_size)]
-    for index, block in enumerate(params["blocks"]):
-        reports = []
-        if index >= start:
-            block, reports = _quantize_block(model, block, hidden, plan, index, key)
-        hidden = [_forward(model, block, h, kind=model.config.layer_kinds[index]) for h in hidden]
-        if index >= start:
-            yield BlockResult(index, block, reports)
+
+    def change(index, block, hidden):
+        return _quantize_block(model, block, hidden, plan, index, key)
+
+    options = {"batch_size": batch_size, "start": start, "finetune": finetune, "dense_blocks": dense_blocks}
+    for done in stream.walk(model, params, tokens, change, **options):
+        yield BlockResult(done.index, done.block, done.note, done.tuning)
+
+
+def tune_blocks(
+    model: Model,
+    params: Any,
+    dense_blocks: Sequence[Any],
+    tokens: np.ndarray,
+    finetune: FinetuneConfig,
+    *,
+    batch_size: int = 8,
+    start: int = 0,
+) -> Iterator[BlockResult]:
+    """Fine-tunes the blocks of a quantized model one after the other; arguments as of `quantize_blocks`."""
+    split(finetune.train, len(tokens))
+    options = {"batch_size": batch_size, "start": start, "finetune": finetune, "dense_blocks": dense_blocks}
+    for done in stream.walk(model, params, tokens, lambda _, block, __: (block, []), **options):
+        yield BlockResult(done.index, done.block, done.note, done.tuning)
