@@ -161,22 +161,23 @@ def _project_uniform(tensor: UniformTensor, target: jax.Array, config: CodeConfi
 
 def _project_tiles(tensor: TiledTensor, target: jax.Array, config: CodeConfig) -> TiledTensor:
     rows, columns = tensor.row_order(), tensor.column_order()
-    padding = ((0, 0), (0, -target.shape[1] % TILE))
     scale = tensor.row_scale.astype(jnp.float32)[rows][:, None] * tensor.column_scale.astype(jnp.float32)[columns][None]
-    scale = jnp.pad(scale, padding)  # what is beyond the last column is worth nothing and never moves
-    target = jnp.pad(target[rows][:, columns], padding)
-    old = tensor.codes().astype(jnp.int32)
+    target = target[rows][:, columns]
+    stored = tensor.codes().astype(jnp.int32)  # the last tile may go beyond the last column
     last = jnp.left_shift(np.int32(1), tensor.code_widths()) - 1
-    present = tensor.code_levels(old) * scale
+
+    def worth(codes):
+        return tensor.code_levels(codes)[:, : len(columns)] * scale
+
+    old, present = stored[:, : len(columns)], worth(stored)
     new, value = old, present
     for step in (-1, 1):
-        other = jnp.clip(old + step, 0, last)
-        worth = tensor.code_levels(other) * scale
-        nearer = jnp.abs(target - worth) < jnp.abs(target - value)
-        new, value = jnp.where(nearer, other, new), jnp.where(nearer, worth, value)
-    codes = _limit(old, new, present, value, target, config)
-    widths = tensor.widths.unpack().astype(jnp.int32)
-    words = pack_tiles(codes, widths, tensor.words.shape[-1], tensor.widest)
+        other = jnp.clip(stored + step, 0, last)
+        there = worth(other)
+        nearer = jnp.abs(target - there) < jnp.abs(target - value)
+        new, value = jnp.where(nearer, other[:, : len(columns)], new), jnp.where(nearer, there, value)
+    codes = jnp.pad(_limit(old, new, present, value, target, config), ((0, 0), (0, -len(columns) % TILE)))
+    words = pack_tiles(codes, tensor.widths.unpack().astype(jnp.int32), tensor.words.shape[-1], tensor.widest)
     return dataclasses.replace(tensor, words=words)
 
 
