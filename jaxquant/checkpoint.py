@@ -2,6 +2,7 @@
 
 OUT/run.json          what makes the result: model, data, plan, seed (the fingerprint), and where it runs
 OUT/blocks/<index>/   one orbax checkpoint per finished block, removed once the model is saved
+OUT/state/            of a training run: one orbax checkpoint of its last state
 OUT/model.safetensors the result, see `jaxquant.export`
 """
 
@@ -187,6 +188,45 @@ class BlockStore:
 def block_store(out: Path) -> Iterator[BlockStore]:
     """Opens the block store of a run and closes it at the end."""
     store = BlockStore(out)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+class StateStore:
+    """Keeps the last state of a training run in `OUT/state`; a state that is there is whole."""
+
+    def __init__(self, out: Path):
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(out.resolve() / "state", options=options)
+
+    def save(self, step: int, state: Any) -> None:
+        """Commits the arrays of a state; those of the step before are removed afterwards."""
+        arrays = {f"{i:06}": x for i, x in enumerate(jax.device_get(jax.tree.leaves(state)))}
+        self._manager.save(step, args=self._ocp.args.StandardSave(arrays))
+
+    def load(self, state: Any) -> Any:
+        """Returns the last state saved; `state`, which is of the same structure, if there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return state
+        arrays: Any = self._manager.restore(step, args=self._ocp.args.StandardRestore())
+        leaves = [jax.numpy.asarray(arrays[name]) for name in sorted(arrays)]
+        return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+    def close(self) -> None:
+        """Releases the manager's threads."""
+        self._manager.close()
+
+
+@contextlib.contextmanager
+def state_store(out: Path) -> Iterator[StateStore]:
+    """Opens the state store of a run and closes it at the end."""
+    store = StateStore(out)
     try:
         yield store
     finally:

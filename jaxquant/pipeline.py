@@ -51,10 +51,7 @@ class LayerReport:
 
 
 class BlockResult(NamedTuple):
-    """One finished block: index, parameters with quantized weights, a report per layer, and one of fine-tuning, if any.
-
-    The reports' errors are those before fine-tuning.
-    """
+    """One finished block: parameters, a report per layer (as before fine-tuning), and one of fine-tuning, if any."""
 
     index: int
     block: Any
@@ -285,8 +282,7 @@ def quantize_blocks(
         return _quantize_block(model, block, hidden, plan, index, key)
 
     options = {"batch_size": batch_size, "start": start, "finetune": finetune, "dense_blocks": dense_blocks}
-    for done in stream.walk(model, params, tokens, change, **options):
-        yield BlockResult(done.index, done.block, done.note, done.tuning)
+    yield from (BlockResult(*done) for done in stream.walk(model, params, tokens, change, **options))
 
 
 def tune_blocks(
@@ -302,5 +298,5 @@ def tune_blocks(
     """Fine-tunes the blocks of a quantized model one after the other; arguments as of `quantize_blocks`."""
     split(finetune.train, len(tokens))
     options = {"batch_size": batch_size, "start": start, "finetune": finetune, "dense_blocks": dense_blocks}
-    for done in stream.walk(model, params, tokens, lambda _, block, __: (block, []), **options):
-        yield BlockResult(done.index, done.block, done.note, done.tuning)
+    keep = stream.walk(model, params, tokens, lambda _, block, __: (block, []), **options)
+    yield from (BlockResult(*done) for done in keep)
