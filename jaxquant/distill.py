@@ -46,18 +46,18 @@ class DistillLoss:
         """See `training.Loss`."""
         return {"blocks": stacked.densify(params["blocks"]), "ends": dense_tree(params["ends"])}
 
-    def __call__(self, dense: Any, tokens: jax.Array, constants: Any) -> jax.Array:
-        """Returns the loss on tokens int32 [windows, time].
+    def __call__(self, dense: Any, batch: jax.Array, constants: Any) -> jax.Array:
+        """Returns the loss on a batch of tokens.
 
         Args:
           dense: {"blocks": stacked student, "ends": trained parameters outside the blocks}.
-          tokens: what to predict from.
+          batch: tokens, int32 [windows, time].
           constants: {"teacher": {"blocks", "ends"}, "ends": the student's other parameters outside the blocks}.
         """
         ends, teacher = {**constants["ends"], **dense["ends"]}, constants["teacher"]
-        x = stacked.hidden(self.model, self.runs, ends, dense["blocks"], tokens)
+        x = stacked.hidden(self.model, self.runs, ends, dense["blocks"], batch)
         y = jax.lax.stop_gradient(
-            stacked.hidden(self.model, self.teacher_runs, teacher["ends"], teacher["blocks"], tokens)
+            stacked.hidden(self.model, self.teacher_runs, teacher["ends"], teacher["blocks"], batch)
         )
 
         @jax.checkpoint

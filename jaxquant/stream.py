@@ -67,12 +67,12 @@ def walk(
     """
     ends = {name: value for name, value in params.items() if name != "blocks"}
     tokens = np.asarray(tokens, np.int32)
-    dense_blocks = params["blocks"] if dense_blocks is None else dense_blocks
+    originals = params["blocks"] if dense_blocks is None else dense_blocks
     hidden = [embed(model, ends, tokens[i : i + batch_size]) for i in range(0, len(tokens), batch_size)]
     clean = [h.copy() for h in hidden] if finetune and finetune.targets == "model" else None
     for index, block in enumerate(params["blocks"]):
         kind, note, tuning = model.config.layer_kinds[index], None, None
-        run = functools.partial(outputs, model, dense_blocks[index], kind=kind)
+        run = functools.partial(outputs, model, originals[index], kind=kind)
         if clean is not None:
             clean = [run(h) for h in clean]
         if index >= start:

@@ -221,8 +221,8 @@ def held_out_loss(loss: Loss, params: Any, data: Any, constants: Any, held: jax.
 @functools.partial(jax.jit, static_argnames="step", donate_argnames="state")
 def _run_chunk(step: Step, state: State, data: Any, constants: Any, order: jax.Array, held: jax.Array) -> Any:
     def one(carry, index):
-        *carry, loss = step(*carry, data, constants, index)
-        return tuple(carry), loss
+        params, optimizer, codes, loss = step(*carry, data, constants, index)
+        return (params, optimizer, codes), loss
 
     carry, losses = jax.lax.scan(one, (state.params, state.optimizer, state.codes), order)
     loss = _held_out(step.loss, carry[0], data, constants, held)
