@@ -224,12 +224,13 @@ def _run_chunk(step: Step, state: State, data: Any, constants: Any, order: jax.A
         params, optimizer, codes, loss = step(*carry, data, constants, index)
         return (params, optimizer, codes), loss
 
-    carry, losses = jax.lax.scan(one, (state.params, state.optimizer, state.codes), order)
-    loss = _held_out(step.loss, carry[0], data, constants, held)
+    carry = (state.params, state.optimizer, state.codes)
+    (params, optimizer, codes), losses = jax.lax.scan(one, carry, order)
+    loss = _held_out(step.loss, params, data, constants, held)
     better = loss < state.best_loss  # false for NaN
-    best = jax.tree.map(lambda new, old: jnp.where(better, new, old), carry[0], state.best)
-    stale = jnp.where(better, 0, state.stale + 1)
-    state = State(*carry, best, jnp.where(better, loss, state.best_loss), state.chunk + 1, stale)
+    best = jax.tree.map(lambda new, old: jnp.where(better, new, old), params, state.best)
+    best_loss, stale = jnp.where(better, loss, state.best_loss), jnp.where(better, 0, state.stale + 1)
+    state = State(params, optimizer, codes, best, best_loss, state.chunk + 1, stale)
     return state, (losses.mean(), loss)
 
 
