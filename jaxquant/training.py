@@ -221,7 +221,8 @@ def held_out_loss(loss: Loss, params: Any, data: Any, constants: Any, held: jax.
 @functools.partial(jax.jit, static_argnames="step", donate_argnames="state")
 def _run_chunk(step: Step, state: State, data: Any, constants: Any, order: jax.Array, held: jax.Array) -> Any:
     def one(carry, index):
-        params, optimizer, codes, loss = step(*carry, data, constants, index)
+        params, optimizer, codes = carry
+        params, optimizer, codes, loss = step(params, optimizer, codes, data, constants, index)
         return (params, optimizer, codes), loss
 
     carry = (state.params, state.optimizer, state.codes)

@@ -7,20 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import RTNConfig, Rule, dense_tree, resolve, trees
+from jaxquant import LayerProblem, RTNConfig, dense_tree, rtn, trees
 from jaxquant.distill import prepare
-from jaxquant.masters import masters, rounded
+from jaxquant.masters import masters, rounded, stored
+from jaxquant.models.config import parse_config, tensor_names, tensor_shape
 from jaxquant.models.load import load_model
-from jaxquant.pipeline import quantize_blocks
-from jaxquant.plan import linear_paths
-from jaxquant.recode import CodeConfig
+from jaxquant.models.transformer import make_model
+from jaxquant.recode import CodeConfig, begin_codes
+from jaxquant.serialize import decode
 from jaxquant.stacked import Run, stack, unstack
-from jaxquant.training import TrainConfig, held_out_loss
+from jaxquant.training import TrainConfig
 from tests import tiny
 from tests.contract_test import assert_same_bits
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (10, 12))
-CONFIG = TrainConfig(3e-3, epochs=4, batch_size=4, micro_batch=2, held_out=0.2, chunks=2)
+CONFIG = TrainConfig(1e-2, epochs=4, batch_size=4, micro_batch=2, held_out=0.2, chunks=2)
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +31,13 @@ def loaded(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params(loaded):
-    """The model with two layers of each block at 2 bits."""
-    rules = [Rule(".*/(mlp/up|attn/o)", RTNConfig(2, search="minmax")), Rule(".*", None)]
-    plan = resolve(rules, linear_paths(loaded.model, loaded.params))
-    blocks = quantize_blocks(loaded.model, loaded.params, TOKENS[:2], plan, key=jax.random.key(0), batch_size=2)
-    return {**loaded.params, "blocks": [b.block for b in blocks]}
+    """The model with one layer of each block at 2 bits."""
+    blocks = []
+    for block in loaded.params["blocks"]:
+        problem = LayerProblem(block["mlp"]["up"]["weight"], jnp.eye(32))
+        tensor = rtn(problem, RTNConfig(2, search="minmax"), key=jax.random.key(0))
+        blocks.append(trees.replace(block, "mlp/up/weight", tensor))
+    return {**loaded.params, "blocks": blocks}
 
 
 def divergence(loaded, params, tokens):
@@ -59,7 +62,10 @@ def finish(run, state=None):
 
 @pytest.fixture(scope="module")
 def run(loaded, params):
-    return prepare(loaded.model, params, loaded.params, TOKENS, CONFIG)
+    """A distillation whose head takes five of the 24 tokens of a micro-batch at a time."""
+    run = prepare(loaded.model, params, loaded.params, TOKENS, CONFIG)
+    loss = dataclasses.replace(run.step.loss, chunk=5)
+    return run._replace(step=dataclasses.replace(run.step, loss=loss))
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +88,6 @@ def test_the_loss_is_the_divergence(loaded, params, run):
     assert len(run.step.loss.runs) == 1  # both blocks are one program
     state = run.begin()
     assert float(state.best_loss) == pytest.approx(divergence(loaded, params, TOKENS[8:]), rel=1e-4)
-    chunked = dataclasses.replace(run.step.loss, chunk=5)
-    held = held_out_loss(chunked, state.params, run.data, run.constants, run.plan.held)
-    assert float(held) == pytest.approx(float(state.best_loss), rel=1e-4)
 
 
 def test_the_gradient_is_that_of_the_plain_model(loaded, params, run):
@@ -133,7 +136,7 @@ def test_a_run_taken_up_from_a_saved_state_ends_with_the_same_bits(run, finished
 
 
 def test_pv_tuning_changes_few_codes_and_goes_further(loaded, params, finished):
-    codes = CodeConfig(3e-2, share=0.01)
+    codes = CodeConfig(0.1, share=0.01)
     run = prepare(loaded.model, params, loaded.params, TOKENS, CONFIG, codes=codes, ends=True)
     figures, after, state = finish(run)
     assert figures[-1][3] == pytest.approx(divergence(loaded, after, TOKENS[8:]), rel=1e-4)
@@ -142,10 +145,44 @@ def test_pv_tuning_changes_few_codes_and_goes_further(loaded, params, finished):
     assert int(state.codes.steps) == steps
     changed = 0
     for old, new in zip(params["blocks"], unstack(state.params["blocks"]), strict=True):
-        for name in ("mlp/up", "attn/o"):
-            a, b = (np.asarray(trees.get(x, name)["weight"].codes.unpack()) for x in (old, new))
-            changed += (a != b).sum()
-            assert (a != b).sum() <= steps * -(-a.size // 100)
-            assert b.max() <= 3
+        a, b = (np.asarray(x["mlp"]["up"]["weight"].codes.unpack()) for x in (old, new))
+        changed += (a != b).sum()
+        assert (a != b).sum() <= steps * -(-a.size // 100)
+        assert b.max() <= 3
     assert changed > 0
     assert np.any(np.asarray(after["embed"]["weight"]) != np.asarray(params["embed"]["weight"]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_activation_dtypes_and_kinds_fit_together(dtype):
+    """Shapes and dtypes of a whole step, for a model with sliding windows and a tied head; nothing is computed."""
+    config = tiny.CONFIG | {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 5,
+        "query_pre_attn_scalar": 8,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    }
+    parsed = parse_config(config)
+    arrays = {path: jnp.ones(tensor_shape(parsed, path), dtype) for path in tensor_names(parsed)}
+    dense = decode(arrays, {path: {"array": path} for path in arrays})
+    up = rtn(LayerProblem(jnp.ones((48, 32)), jnp.eye(32)), RTNConfig(2, search="minmax"), key=jax.random.key(0))
+    quantized = {**dense, "blocks": [trees.replace(b, "mlp/up/weight", up) for b in dense["blocks"]]}
+    run = prepare(make_model(parsed), quantized, dense, TOKENS, CONFIG, codes=CodeConfig(), ends=True)
+    assert run.step.loss.runs == (Run("sliding", 2), Run("full", 1))
+
+    def step(params):
+        opened = masters(params)
+        with jax.numpy_dtype_promotion("standard"):
+            state = run.step.optimizer.init(trees.partition(opened)[0])
+        buffers = begin_codes(opened, run.step.loss.densify(rounded(opened)))
+        after, *_, loss = run.step(opened, state, buffers, run.data, run.constants, jnp.zeros((2, 2), jnp.int32))
+        return stored(after), loss
+
+    after, loss = jax.eval_shape(step, run.params)
+    assert loss.dtype == jnp.float32
+    assert jax.tree.structure(after) == jax.tree.structure(run.params)
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(run.params), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
