@@ -84,6 +84,7 @@ class Quantize(_Planned):
       dense: also save the dequantized model in bfloat16, for transformers, in OUT/dense.
       finetune: epochs of fine-tuning of each block, once it is quantized, on the calibration text; 0 for none.
       finetune_rate: largest step of fine-tuning, relative to the size of each array.
+      finetune_targets: as `tune --targets`.
     """
 
     _: dataclasses.KW_ONLY
@@ -93,6 +94,7 @@ class Quantize(_Planned):
     dense: bool = False
     finetune: int = 0
     finetune_rate: float = 4e-3
+    finetune_targets: Literal["prefix", "model"] = "prefix"
 
     def run(self) -> None:
         """Runs the command."""

@@ -128,7 +128,7 @@ def quantize(args: Quantize) -> None:
     if args.finetune:
         micro = min(4, args.batch_size)
         train = TrainConfig(args.finetune_rate, epochs=args.finetune, batch_size=micro, micro_batch=micro)
-        finetune = FinetuneConfig(train)
+        finetune = FinetuneConfig(train, args.finetune_targets)
     results = quantize_to_directory(
         loaded, data, chosen, args.out, seed=args.seed, batch_size=args.batch_size, finetune=finetune
     )

@@ -248,8 +248,7 @@ def quantize_blocks(
     """Quantizes the blocks of a model one after the other; the caller saves, logs and stops as it likes.
 
     For each block, in the order of `model.groups`: the second moments of the group's inputs are gathered, its layers
-    quantized and put in place before the next group's inputs are computed. The finished block's outputs are the next
-    block's inputs.
+    quantized and put in place before the next group's inputs are computed. Its outputs are the next block's inputs.
 
     Args:
       model: pure functions of the network.
@@ -260,8 +259,7 @@ def quantize_blocks(
       batch_size: sequences per forward pass; it changes results by float rounding only.
       start: first block to quantize.
       finetune: fine-tune every block once its layers are quantized, or None.
-      dense_blocks: the dense blocks, for the targets of fine-tuning; by default those of `params`. Needed to go on from
-        a later start with targets "model".
+      dense_blocks: for the targets of fine-tuning; by default those of `params`; needed from a later start.
 
     Yields:
       BlockResult for each block from `start` on.

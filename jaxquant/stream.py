@@ -64,7 +64,12 @@ def walk(
 
     Yields:
       Walked for each block from `start` on.
+
+    Raises:
+      ValueError: the dense model's outputs are wanted from a later start, and its blocks are not given.
     """
+    if finetune and finetune.targets == "model" and start and dense_blocks is None:
+        raise ValueError(f'dense_blocks: expected the dense blocks for targets "model" from block {start}, got None')
     ends = {name: value for name, value in params.items() if name != "blocks"}
     tokens = np.asarray(tokens, np.int32)
     originals = params["blocks"] if dense_blocks is None else dense_blocks

@@ -189,5 +189,7 @@ def test_the_model_s_own_outputs_as_targets(files):
     assert second.tuning.before == pytest.approx(expected, rel=1e-3)
     assert second.tuning.after < second.tuning.before
     params = {**saved.params, "blocks": [first.block, saved.params["blocks"][1]]}
+    with pytest.raises(ValueError, match='dense_blocks: expected the dense blocks for targets "model" from block 1'):
+        next(pipeline.tune_blocks(saved.model, params, None, tokens, config, start=1))
     (resumed,) = pipeline.tune_blocks(saved.model, params, dense, tokens, config, start=1)
     assert_same_bits(resumed.block, second.block)
