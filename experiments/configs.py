@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from jaxquant.finetune import FinetuneConfig
 from jaxquant.methods import (
     AQLMConfig,
     CMPQConfig,
@@ -12,6 +13,8 @@ from jaxquant.methods import (
     QuantEaseConfig,
     RTNConfig,
 )
+from jaxquant.recode import CodeConfig
+from jaxquant.training import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +44,38 @@ class Speed:
     tokens: int = 16384
 
 
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """A whole model after each stage of tuning, each stage on what the one before it left, for several seeds.
+
+    Attributes:
+      methods: settings by name.
+      block: of fine-tuning while quantizing.
+      distill: of distillation, after that.
+      pv: of PV-tuning, after that.
+      codes: of its V step.
+      seeds: of the calibration windows, the methods and the order of the windows.
+      sequences: calibration and tuning windows.
+      length: tokens per window.
+      batch_size: windows per forward pass.
+    """
+
+    methods: dict[str, Config]
+    block: FinetuneConfig
+    distill: TrainConfig
+    pv: TrainConfig
+    codes: CodeConfig = CodeConfig()  # noqa: RUF009  # frozen
+    seeds: tuple[int, ...] = (0, 1, 2)
+    sequences: int = 128
+    length: int = 2048
+    batch_size: int = 8
+
+
 def _named(*configs: tuple[str, Config]) -> dict[str, Config]:
     return dict(configs)
 
 
-EXPERIMENTS: dict[str, Layers | WholeModel | Speed] = {
+EXPERIMENTS: dict[str, Layers | WholeModel | Speed | Tuning] = {
     "layers": Layers(
         {
             name: config
@@ -81,6 +111,16 @@ EXPERIMENTS: dict[str, Layers | WholeModel | Speed] = {
             "aqlm 2x8 g8": AQLMConfig(),
             "lnq 3-bit": LNQConfig(3),
         }
+    ),
+    "tuning": Tuning(
+        {
+            "2-bit": AQLMConfig(),
+            "2.5-bit": CMPQConfig(2.5),
+            "3-bit": CMPQConfig(3.0),
+        },
+        block=FinetuneConfig(TrainConfig(4e-3, epochs=10, batch_size=8, micro_batch=4)),
+        distill=TrainConfig(1e-3, epochs=4, batch_size=8, micro_batch=2, chunks=8),
+        pv=TrainConfig(5e-4, epochs=4, batch_size=8, micro_batch=2, chunks=8),
     ),
     "speed": Speed(
         {

@@ -4,13 +4,13 @@ A result is found again by the hash of its settings and data, so an interrupted 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,19 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.configs import EXPERIMENTS, Layers, Speed, WholeModel
-from jaxquant import METHODS, LayerProblem, Rule, bits_per_weight, dense_tree, relative_error, resolve
-from jaxquant.checkpoint import describe_config, environment, hash_params, write_json
+from experiments import models, tuning
+from experiments.configs import EXPERIMENTS, Layers, Speed, Tuning, WholeModel
+from jaxquant import METHODS, LayerProblem, bits_per_weight, relative_error
+from jaxquant.checkpoint import describe_config, environment, write_json
 from jaxquant.cli import compile_fast
-from jaxquant.commands import default_bos
-from jaxquant.data import CalibrationConfig, evaluation_tokens, load_tokens
-from jaxquant.evaluate import evaluate
-from jaxquant.models.load import load_model
-from jaxquant.pipeline import quantize_blocks
-from jaxquant.plan import linear_paths
-from jaxquant.progress import track
 from jaxquant.ratedistortion import excess_bits
-from jaxquant.tokenizer import load_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -121,54 +114,21 @@ def run_layers(args: Arguments, experiment: Layers) -> None:
 
 def run_model(args: Arguments, experiment: WholeModel) -> None:
     """Quantizes a model by each method and measures perplexity and KL."""
-    if args.model is None:
-        raise ValueError("--model: expected a model for this experiment, got nothing")
-    loaded = load_model(args.model)
-    tokenizer = load_tokenizer(loaded.tokenizer_source)
-    model, bos = loaded.model, default_bos(loaded.model)
-    calibration = CalibrationConfig(
-        args.calibration, sequences=experiment.sequences, length=experiment.length, bos_id=bos
-    )
-    tokens = load_tokens(calibration, tokenizer, vocab_size=model.config.vocab_size)
-    text = evaluation_tokens(args.text, tokenizer, length=experiment.length, bos_id=bos)
-    paths = linear_paths(model, loaded.params)
-    about = {
-        "model": hash_params(loaded.params),
-        "architecture": f"{model.config.architecture} {sum(x.size for x in jax.tree.leaves(loaded.params))}",
-        "data": {k: v for k, v in tokens.provenance.items() if k != "source"},
-        "text": {k: v for k, v in text.provenance.items() if k != "source"},
-    }
+    task = models.open_task(args.model, args.calibration, args.text, experiment.sequences, experiment.length)
     for name, config in experiment.methods.items():
         if args.only not in name:
             continue
 
         def measure(name=name, config=config):
             began = time.perf_counter()
-            blocks, reports = list(loaded.params["blocks"]), []
+            params, reports = task.params, []
             if config is not None:
-                plan = resolve([Rule(".*", config)], paths)
-                results = quantize_blocks(
-                    model, loaded.params, tokens.tokens, plan, key=jax.random.key(0), batch_size=experiment.batch_size
-                )
-                for result in track(results, name, total=len(blocks)):
-                    blocks[result.index] = result.block
-                    reports += result.reports
-            jax.block_until_ready(blocks)
+                params, reports = models.quantize(task, config, name, experiment.batch_size)
+            jax.block_until_ready(params)
             seconds = time.perf_counter() - began  # compilation included
-            params = dense_tree({**loaded.params, "blocks": blocks}, loaded.params["embed"]["weight"].dtype)
-            figures = evaluate(model, params, text.tokens, loaded.params, batch_size=4)
-            last = deque(track(figures, f"evaluate {name}", total=len(text.tokens)), maxlen=1).pop()
-            weights = sum(r.shape[0] * r.shape[1] for r in reports)
-            return {
-                "bits_per_weight": sum(r.bits for r in reports) / weights if weights else 32.0,
-                "perplexity": last.perplexity.value,
-                "kl": last.kl,
-                "evaluation": dataclasses.asdict(last.perplexity),
-                "seconds": seconds,
-                "layers": [dataclasses.asdict(r) for r in reports],
-            }
+            return {**models.evaluation(task, params, reports, name), "seconds": seconds}
 
-        stored(args, {**about, "method": name, "config": describe_config(config)}, measure)
+        stored(args, {**task.about, "method": name, "config": describe_config(config)}, measure)
 
 
 def run_speed(args: Arguments, experiment: Speed) -> None:
@@ -219,6 +179,9 @@ def main() -> int:
             run_layers(args, experiment)
         elif isinstance(experiment, WholeModel):
             run_model(args, experiment)
+        elif isinstance(experiment, Tuning):
+            options = (args.model, args.calibration, args.text, args.only)
+            tuning.run(experiment, *options, store=functools.partial(stored, args))
         else:
             run_speed(args, experiment)
     except ValueError as error:

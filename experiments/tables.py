@@ -1,6 +1,7 @@
 """Print every table of the documentation from the stored results: `python -m experiments.tables [NAME ...]`."""
 
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,27 @@ def whole_model(results: list[Result]) -> str:
     return markdown(["method", "bits per weight", "perplexity", "KL (nats)", "seconds", "device"], rows)
 
 
+def tuning(results: list[Result]) -> str:
+    """A line per method, a column per stage: perplexity, mean and spread over the seeds, and KL."""
+    stages = list(dict.fromkeys(r["stage"] for r in sorted(results, key=lambda r: len(r["tuning"]))))
+    rows = []
+    for method in sorted({r["method"] for r in results}):
+        mine = [r for r in results if r["method"] == method]
+        bits = statistics.mean(r["bits_per_weight"] for r in mine)
+        cells = [[r for r in mine if r["stage"] == stage] for stage in stages]
+        rows.append([method, f"{bits:.3f}", *map(_spread, cells)])
+    return markdown(["method", "bits per weight", *(f"+ {s}" if s != "none" else s for s in stages)], rows)
+
+
+def _spread(results: list[Result]) -> str:
+    if not results:
+        return ""
+    values = [r["perplexity"] for r in results]
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    kl, other = (statistics.mean(r[k] for r in results) for k in ("kl", "perplexity_built_in"))
+    return f"{statistics.mean(values):.2f}{spread} (KL {kl:.3f}; built-in text {other:.2f})"
+
+
 def speed(results: list[Result]) -> str:
     """A line per method: seconds, error, bits."""
     rows = [
@@ -73,6 +95,7 @@ TABLES: dict[str, Callable[[list[Result]], str]] = {
     "smollm2": whole_model,
     "pareto": whole_model,
     "speed": speed,
+    "tuning": tuning,
 }
 
 

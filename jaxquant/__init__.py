@@ -1,6 +1,8 @@
 """Extreme weight compression of large language models in JAX."""
 
 from jaxquant.allocate import allocate as allocate
+from jaxquant.finetune import FinetuneConfig as FinetuneConfig
+from jaxquant.finetune import finetune_block as finetune_block
 from jaxquant.methods import METHODS as METHODS
 from jaxquant.methods import AQLMConfig as AQLMConfig
 from jaxquant.methods import CMPQConfig as CMPQConfig
@@ -25,6 +27,7 @@ from jaxquant.packing import PackedArray as PackedArray
 from jaxquant.packing import pack as pack
 from jaxquant.pipeline import quantize_blocks as quantize_blocks
 from jaxquant.pipeline import quantize_layer as quantize_layer
+from jaxquant.pipeline import tune_blocks as tune_blocks
 from jaxquant.plan import Rule as Rule
 from jaxquant.plan import resolve as resolve
 from jaxquant.problem import LayerProblem as LayerProblem
@@ -32,6 +35,7 @@ from jaxquant.problem import objective as objective
 from jaxquant.problem import relative_error as relative_error
 from jaxquant.ratedistortion import excess_bits as excess_bits
 from jaxquant.ratedistortion import rate_distortion_bound as rate_distortion_bound
+from jaxquant.recode import CodeConfig as CodeConfig
 from jaxquant.tensors import CodebookTensor as CodebookTensor
 from jaxquant.tensors import ConcatTensor as ConcatTensor
 from jaxquant.tensors import OutlierTensor as OutlierTensor
@@ -40,3 +44,6 @@ from jaxquant.tensors import UniformTensor as UniformTensor
 from jaxquant.tensors import bits_per_weight as bits_per_weight
 from jaxquant.tensors import dense as dense
 from jaxquant.tensors import dense_tree as dense_tree
+from jaxquant.training import TrainConfig as TrainConfig
+from jaxquant.trees import combine as combine
+from jaxquant.trees import partition as partition

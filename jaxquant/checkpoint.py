@@ -3,6 +3,7 @@
 OUT/costs.json        what widths cost in each layer, if bits are allocated over layers, see `jaxquant.run`
 OUT/run.json          what makes the result: model, data, plan, seed (the fingerprint), and where it runs
 OUT/blocks/<index>/   one orbax checkpoint per finished block, removed once the model is saved
+OUT/state/            of a training run: one orbax checkpoint of its last state
 OUT/model.safetensors the result, see `jaxquant.export`
 """
 
@@ -20,6 +21,7 @@ import jax
 import numpy as np
 
 from jaxquant import trees
+from jaxquant.finetune import FinetuneConfig, TuneReport
 from jaxquant.methods import METHODS, Config
 from jaxquant.pipeline import BlockResult, LayerReport
 from jaxquant.serialize import decode, encode
@@ -44,7 +46,13 @@ def hash_params(params: Any) -> str:
 
 
 def fingerprint(
-    params: Any, data: Mapping[str, Any], plan: Mapping[str, Config | None], *, seed: int, batch_size: int
+    params: Any,
+    data: Mapping[str, Any],
+    plan: Mapping[str, Config | None],
+    *,
+    seed: int,
+    batch_size: int,
+    finetune: FinetuneConfig | None = None,
 ) -> dict[str, Any]:
     """Returns all that determines the result of a run, ready for JSON.
 
@@ -54,6 +62,7 @@ def fingerprint(
       plan: {path: settings or None}.
       seed: of the run's key.
       batch_size: sequences per forward pass; it moves float rounding.
+      finetune: settings of block fine-tuning, or None.
     """
     plan_json = {path: describe_config(config) for path, config in plan.items()}
     return json.loads(
@@ -65,6 +74,7 @@ def fingerprint(
                 "plan": plan_json,
                 "seed": seed,
                 "batch_size": batch_size,
+                "finetune": None if finetune is None else dataclasses.asdict(finetune),
             }
         )
     )
@@ -160,6 +170,7 @@ class BlockStore:
         """Commits a block; either all of it is there afterwards or nothing."""
         arrays, manifest = encode(result.block)
         info = {"manifest": manifest, "reports": [dataclasses.asdict(r) for r in result.reports]}
+        info["tuning"] = None if result.tuning is None else dataclasses.asdict(result.tuning)
         # As numpy arrays, so that a run can be taken up on other devices.
         args = self._ocp.args.Composite(
             arrays=self._ocp.args.StandardSave(jax.device_get(arrays)), info=self._ocp.args.JsonSave(info)
@@ -172,7 +183,9 @@ class BlockStore:
         restored: Any = self._manager.restore(index, args=args)
         arrays = {name: jax.numpy.asarray(x) for name, x in restored.arrays.items()}
         reports = [LayerReport(**{**r, "shape": tuple(r["shape"])}) for r in restored.info["reports"]]
-        return BlockResult(index, decode(arrays, restored.info["manifest"]), reports)
+        tuning = restored.info.get("tuning")
+        tuning = None if tuning is None else TuneReport(**tuning)
+        return BlockResult(index, decode(arrays, restored.info["manifest"]), reports, tuning)
 
     def close(self) -> None:
         """Releases the manager's threads."""
@@ -183,6 +196,45 @@ class BlockStore:
 def block_store(out: Path) -> Iterator[BlockStore]:
     """Opens the block store of a run and closes it at the end."""
     store = BlockStore(out)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+class StateStore:
+    """Keeps the last state of a training run in `OUT/state`; a state that is there is whole."""
+
+    def __init__(self, out: Path):
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(out.resolve() / "state", options=options)
+
+    def save(self, step: int, state: Any) -> None:
+        """Commits the arrays of a state; those of the step before are removed afterwards."""
+        arrays = {f"{i:06}": x for i, x in enumerate(jax.device_get(jax.tree.leaves(state)))}
+        self._manager.save(step, args=self._ocp.args.StandardSave(arrays))
+
+    def load(self, state: Any) -> Any:
+        """Returns the last state saved; `state`, which is of the same structure, if there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return state
+        arrays: Any = self._manager.restore(step, args=self._ocp.args.StandardRestore())
+        leaves = [jax.numpy.asarray(arrays[name]) for name in sorted(arrays)]
+        return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+    def close(self) -> None:
+        """Releases the manager's threads."""
+        self._manager.close()
+
+
+@contextlib.contextmanager
+def state_store(out: Path) -> Iterator[StateStore]:
+    """Opens the state store of a run and closes it at the end."""
+    store = StateStore(out)
     try:
         yield store
     finally:

@@ -1,10 +1,10 @@
-"""The command line: `jaxquant demo`, `quantize`, `evaluate`, `inspect`, `plan` and `doctor`."""
+"""The command line: `jaxquant demo`, `quantize`, `tune`, `evaluate`, `inspect`, `plan` and `doctor`."""
 
 import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -95,11 +95,17 @@ class Quantize(_Planned):
     Attributes:
       out: directory for the result.
       dense: also save the dequantized model in bfloat16, for transformers, in OUT/dense.
+      finetune: epochs of fine-tuning of each block, once it is quantized, on the calibration text; 0 for none.
+      finetune_rate: largest step of fine-tuning, relative to the size of each array.
+      finetune_targets: as `tune --targets`.
     """
 
     _: dataclasses.KW_ONLY
     out: Path
     dense: bool = False
+    finetune: int = 0
+    finetune_rate: float = 4e-3
+    finetune_targets: Literal["prefix", "model"] = "prefix"
 
     def run(self) -> None:
         """Runs the command."""
@@ -117,6 +123,51 @@ class Plan(_Planned):
         from jaxquant import commands
 
         commands.plan(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tune:
+    """Tune a quantized model towards the dense one. The same command takes up an interrupted run where it stopped.
+
+    Attributes:
+      model: output of `quantize`, or of `tune`.
+      text: as `quantize --calibration`.
+      stage: "block" (block after block), "distill" (the whole model) or "pv" (the whole model and its codes).
+      out: directory for the result; by default DIR-STAGE.
+      reference: the dense model; by default the one that `quantize` read.
+      sequences: windows of text.
+      length: tokens per window.
+      epochs: passes over the windows; by default 10 for blocks, 2 for the whole model.
+      learning_rate: largest step, relative to the size of each array; by default 0.004 for blocks, 0.001 for the whole
+        model.
+      batch_size: windows of a step.
+      micro_batch: windows of one backward pass, a divisor of the batch size.
+      targets: of blocks: outputs of the dense block on the same inputs ("prefix") or of the dense model ("model").
+      ends: also train the embedding and the head, which stay dense.
+      seed: of the choice and the order of the windows.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR", help="The output of `quantize`.")]
+    _: dataclasses.KW_ONLY
+    text: str
+    stage: Literal["block", "distill", "pv"] = "distill"
+    out: Path | None = None
+    reference: str | None = None
+    sequences: int = 128
+    length: int = 2048
+    epochs: int | None = None
+    learning_rate: float | None = None
+    batch_size: int = 8
+    micro_batch: int = 2
+    targets: Literal["prefix", "model"] = "prefix"
+    ends: bool = False
+    seed: int = 0
+
+    def run(self) -> None:
+        """Runs the command."""
+        from jaxquant import commands
+
+        commands.tune(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +250,7 @@ class Doctor:
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Quantize, tyro.conf.subcommand("quantize")]
+    | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]

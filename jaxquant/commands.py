@@ -1,21 +1,23 @@
 """What the commands do: load, call the library, print tables."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import platform
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from jaxquant import checkpoint, export, memory, trees
 from jaxquant import evaluate as evaluation
-from jaxquant.cli import Evaluate, Inspect, Plan, Quantize
+from jaxquant.cli import Evaluate, Inspect, Plan, Quantize, Tune
 from jaxquant.data import CalibrationConfig, TokenSet, evaluation_tokens, load_tokens
+from jaxquant.finetune import FinetuneConfig
 from jaxquant.methods import Config
 from jaxquant.models.base import Model
 from jaxquant.models.load import LoadedModel, load_model
@@ -26,6 +28,8 @@ from jaxquant.run import measure_costs, quantize_to_directory, read_costs
 from jaxquant.sensitivity import allocate_layers
 from jaxquant.tensors import dense_tree, is_quantized
 from jaxquant.tokenizer import Tokenizer, load_tokenizer
+from jaxquant.training import TrainConfig, split
+from jaxquant.tune import TuneConfig, tune_to_directory
 
 SEQUENCES, BUILTIN_SEQUENCES = 128, 32
 COST_SEQUENCES = 16  # tell layers apart well enough, and the inputs of all blocks must be held at once
@@ -147,12 +151,19 @@ def quantize(args: Quantize) -> None:
         out.print(line, highlight=False)
     data = calibration(args, loaded, tokenizer)
     out.print(f"calibration: {len(data.tokens)} x {args.length} tokens of {data.provenance['source']}", highlight=False)
-    results = quantize_to_directory(loaded, data, chosen, args.out, seed=args.seed, batch_size=args.batch_size)
+    finetune = None
+    if args.finetune:
+        micro = min(4, args.batch_size)
+        train = TrainConfig(args.finetune_rate, epochs=args.finetune, batch_size=micro, micro_batch=micro)
+        finetune = FinetuneConfig(train, args.finetune_targets)
+    results = quantize_to_directory(
+        loaded, data, chosen, args.out, seed=args.seed, batch_size=args.batch_size, finetune=finetune
+    )
     for _ in track(results, "blocks", total=len(loaded.params["blocks"])):
         pass
     tokenizer.save(args.out)
     saved = export.load_packed(args.out)
-    print_reports(out, saved.record["reports"])
+    print_reports(out, saved.record)
     size = (args.out / export.MODEL_FILE).stat().st_size
     out.print(f"saved: {args.out / export.MODEL_FILE}, {size / 1e6:.2f} MB", highlight=False)
     if args.dense:
@@ -161,11 +172,11 @@ def quantize(args: Quantize) -> None:
         out.print(f"saved: {args.out / 'dense'}, bfloat16, for transformers", highlight=False)
 
 
-def print_reports(out: Console, reports: Sequence[dict[str, Any]]) -> None:
-    """Prints a line per layer and the average."""
+def print_reports(out: Console, record: dict[str, Any]) -> None:
+    """Prints a line per layer, the average, and what fine-tuning did."""
     table = Table("layer", "shape", "format", "bits/weight", "excess", "relative error", "damp", "dead", "tokens", "s")
     weights = bits = 0
-    for r in (LayerReport(**r) for r in reports):
+    for r in (LayerReport(**r) for r in record["reports"]):
         size = r.shape[0] * r.shape[1]
         weights, bits = weights + size, bits + r.bits
         table.add_row(
@@ -182,6 +193,47 @@ def print_reports(out: Console, reports: Sequence[dict[str, Any]]) -> None:
         )
     out.print(table)
     out.print(f"average: {bits / weights:.4f} bits per weight in linear layers", highlight=False)
+    ratios = [t["after"] / t["before"] for t in record.get("tuning", []) if t and t["before"]]
+    if ratios:
+        out.print(
+            f"fine-tuning: held-out error of blocks fell to {np.prod(ratios) ** (1 / len(ratios)):.1%} (geometric mean)",
+            highlight=False,
+        )
+    stages = ["block fine-tuning"] * bool(ratios) + [t["tuning"]["stage"] for t in record.get("tuned", [])]
+    if stages:
+        out.print(f"tuned: {', '.join(stages)}; relative errors above are those before", highlight=False)
+
+
+def tune(args: Tune) -> None:
+    """Runs or resumes a tuning run."""
+    out = console()
+    directory = Path(args.model)
+    if not export.is_packed(directory):
+        raise ValueError(f"{args.model}: expected the output of `jaxquant quantize`, got something else")
+    saved = export.load_packed(directory)
+    source = args.reference or saved.record.get("source")
+    if source is None:
+        raise ValueError(f"{args.model}: expected a record of the dense model, got none; pass --reference MODEL")
+    given = {"epochs": args.epochs, "learning_rate": args.learning_rate}
+    config = TuneConfig.preset(
+        args.stage,
+        **{name: value for name, value in given.items() if value is not None},
+        batch_size=args.batch_size,
+        micro_batch=args.micro_batch,
+        seed=args.seed,
+    )
+    config = dataclasses.replace(config, targets=args.targets, ends=args.ends)
+    dense, tokenizer = load_model(source), load_tokenizer(directory)
+    vocab, bos = saved.model.config.vocab_size, default_bos(saved.model)
+    windows = CalibrationConfig(args.text, sequences=args.sequences, length=args.length, seed=args.seed, bos_id=bos)
+    data = load_tokens(windows, tokenizer, vocab_size=vocab)
+    target = args.out or directory.with_name(f"{directory.resolve().name}-{args.stage}")
+    steps = tune_to_directory(saved, dense, data, config, target)
+    total = saved.model.config.num_layers if args.stage == "block" else split(config.train, len(data.tokens)).chunks
+    for p in track(steps, args.stage, total=total):
+        out.print(f"{args.stage} {p.done}/{p.total}: held-out loss {p.before:.5g} -> {p.after:.5g}", highlight=False)
+    tokenizer.save(target)
+    out.print(f"saved: {target / export.MODEL_FILE}", highlight=False)
 
 
 def evaluate(args: Evaluate) -> None:
@@ -222,7 +274,7 @@ def inspect(args: Inspect) -> None:
             )
         out.print(table)
         return
-    print_reports(out, opened.record["reports"])
+    print_reports(out, opened.record)
     run, environment = opened.record["run"], opened.record["environment"]
     data = run["data"]
     out.print(f"calibration: {data}", highlight=False)

@@ -203,7 +203,7 @@ def _log_probabilities(model: Model, ends: Any, hidden: jax.Array) -> jax.Array:
     return jnp.where(finite, jax.nn.log_softmax(logits), jnp.nan)
 
 
-def _over_chunks(function, arrays: tuple[jax.Array, ...], chunk: int) -> Any:
+def over_chunks(function: Any, arrays: tuple[jax.Array, ...], chunk: int) -> Any:
     """Maps `function` over arrays [batch, time, ...], `chunk` tokens at a time; outputs are [batch, time]."""
     batch, time = arrays[0].shape[:2]
     chunk = min(chunk, batch * time)
@@ -229,7 +229,7 @@ def _cross_entropy(model: Model, ends: Any, hidden: jax.Array, tokens: jax.Array
     def one(hidden, target):
         return -_pick(_log_probabilities(model, ends, hidden), target)
 
-    return _over_chunks(one, (hidden[:, :-1], tokens[:, 1:]), chunk)
+    return over_chunks(one, (hidden[:, :-1], tokens[:, 1:]), chunk)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "chunk"))
@@ -241,4 +241,4 @@ def _compare(model, ends, reference_ends, hidden, reference, tokens, *, chunk: i
         q, p = _log_probabilities(model, ends, hidden), _log_probabilities(model, reference_ends, reference)
         return -_pick(q, target), -_pick(p, target), jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
-    return _over_chunks(one, (hidden[:, :-1], reference[:, :-1], tokens[:, 1:]), chunk)
+    return over_chunks(one, (hidden[:, :-1], reference[:, :-1], tokens[:, 1:]), chunk)

@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxquant.packing import pack
+from jaxquant.packing import pack, saturate
 from jaxquant.tensors import UniformTensor
 
 Search = Literal["minmax", "mse", "hessian"]
@@ -129,6 +129,19 @@ def fit(
         importance = importance.reshape(1, groups, n // groups)
     scale, zero = fit_group(grouped, bits, symmetric=symmetric, search=search, importance=importance, dtype=dtype)
     return Grid(scale, zero, bits, symmetric)
+
+
+def symmetric_scale(values: jax.Array, bits: int, dtype: str) -> jax.Array:
+    """Returns the scale of each row's symmetric grid that spans it, in `dtype`, [..., rows, 1]."""
+    scale = jnp.max(jnp.abs(values), axis=-1, keepdims=True) / (2 ** (bits - 1) - 1)
+    return saturate(jnp.maximum(scale, float(jnp.finfo(dtype).tiny)), dtype)
+
+
+def symmetric_tensor(values: jax.Array, scale: jax.Array, bits: int) -> UniformTensor:
+    """Rounds rows of values float32 [..., rows, n] to symmetric grids with the scales [..., rows, 1]."""
+    top = 2 ** (bits - 1) - 1
+    codes = jnp.clip(jnp.round(values / scale.astype(jnp.float32)), -top - 1, top) + (top + 1)
+    return UniformTensor(pack(codes.astype(jnp.uint32), bits), scale, None)
 
 
 def tensor(codes: jax.Array, grid: Grid, dtype: str) -> UniformTensor:

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant import linalg, ratedistortion, stats, trees
+from jaxquant import linalg, ratedistortion, stats, stream, trees
+from jaxquant.finetune import FinetuneConfig, TuneReport
 from jaxquant.methods import METHODS, Config
-from jaxquant.models.base import Model, run_block, run_embed
+from jaxquant.models.base import Model, run_block
 from jaxquant.problem import LayerProblem, dead_columns, relative_error, revive
-from jaxquant.tensors import QuantizedTensor, bits_per_weight, dense, is_quantized
+from jaxquant.tensors import QuantizedTensor, bits_per_weight
+from jaxquant.training import split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +52,12 @@ class LayerReport:
 
 
 class BlockResult(NamedTuple):
-    """One finished block: its index, its parameters with quantized weights, and a report per layer."""
+    """One finished block: parameters, a report per layer (as before fine-tuning), and one of fine-tuning, if any."""
 
     index: int
     block: Any
     reports: list[LayerReport]
+    tuning: TuneReport | None = None
 
 
 @functools.partial(jax.jit, static_argnames="damp")
@@ -136,20 +139,6 @@ def quantize_layer(
     return tensor, report
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _dense(weight: Any, dtype: np.dtype) -> jax.Array:
-    return dense(weight).astype(dtype)
-
-
-def dense_block(block: Any, dtype: jax.typing.DTypeLike) -> Any:
-    """Returns a block with dense weights in `dtype`, one jitted function per format.
-
-    Forward passes run on these, so they are compiled once, however many formats the layers have.
-    """
-    convert = functools.partial(_dense, dtype=np.dtype(dtype))
-    return jax.tree.map(lambda x: convert(x) if is_quantized(x) else x, block, is_leaf=is_quantized)
-
-
 def _dense_report(path: str, weight: Any) -> LayerReport:
     return LayerReport(path, weight.shape, str(weight.dtype), weight.size * weight.dtype.itemsize * 8)
 
@@ -195,7 +184,7 @@ def _quantize_block(
                 eigenvalues=eigenvalues,
             )
             block = trees.replace(block, f"{name}/weight", tensor)
-            passes = trees.replace(passes, f"{name}/weight", _dense(tensor, hidden[0].dtype))
+            passes = trees.replace(passes, f"{name}/weight", stream.dense_weight(tensor, hidden[0].dtype))
             reports.append(report)
     return block, reports
 
@@ -238,7 +227,7 @@ def compile_ahead(
         tensor = METHODS[type(config)](problem, config, key=key)
         error = relative_error(problem, tensor)
         spectrum = ratedistortion.spectrum(problem.hessian)
-        return ratedistortion.rate_at_error(problem, error, spectrum), _dense(tensor, dtype)
+        return ratedistortion.rate_at_error(problem, error, spectrum), stream.dense_weight(tensor, dtype)
 
     for shape, config in dict.fromkeys(
         (trees.get(params, path)["weight"].shape, config)
@@ -260,12 +249,13 @@ def quantize_blocks(
     key: jax.Array,
     batch_size: int = 8,
     start: int = 0,
+    finetune: FinetuneConfig | None = None,
+    dense_blocks: Sequence[Any] | None = None,
 ) -> Iterator[BlockResult]:
     """Quantizes the blocks of a model one after the other; the caller saves, logs and stops as it likes.
 
     For each block, in the order of `model.groups`: the second moments of the group's inputs are gathered, its layers
-    quantized and put in place before the next group's inputs are computed. The finished block's outputs are the next
-    block's inputs.
+    quantized and put in place before the next group's inputs are computed. Its outputs are the next block's inputs.
 
     Args:
       model: pure functions of the network.
@@ -275,26 +265,43 @@ def quantize_blocks(
       key: seeds the methods, by path.
       batch_size: sequences per forward pass; it changes results by float rounding only.
       start: first block to quantize.
+      finetune: fine-tune every block once its layers are quantized, or None.
+      dense_blocks: for the targets of fine-tuning; by default those of `params`; needed from a later start.
 
     Yields:
       BlockResult for each block from `start` on.
 
     Raises:
-      ValueError: from `quantize_layer`, with the layer's path.
+      ValueError: from `quantize_layer`, with the layer's path; too few tokens to fine-tune.
 
     Reference: the sequential protocol of Frantar et al., GPTQ, https://arxiv.org/abs/2210.17323, with "true sequential"
     groups.
     """
-    ends = {name: value for name, value in params.items() if name != "blocks"}
     tokens = np.asarray(tokens, np.int32)
+    if finetune:
+        split(finetune.train, len(tokens))  # too few windows: fail now, not after the first block
     if start < len(params["blocks"]):
         compile_ahead(model, params, plan, tokens[:batch_size].shape, key, start)
-    hidden = [run_embed(model, ends, tokens[i : i + batch_size]) for i in range(0, len(tokens), batch_size)]
-    for index, block in enumerate(params["blocks"]):
-        reports = []
-        if index >= start:
-            block, reports = _quantize_block(model, block, hidden, plan, index, key)
-        passes = dense_block(block, hidden[0].dtype)
-        hidden = [run_block(model, passes, h, kind=model.config.layer_kinds[index]) for h in hidden]
-        if index >= start:
-            yield BlockResult(index, block, reports)
+
+    def change(index, block, hidden):
+        return _quantize_block(model, block, hidden, plan, index, key)
+
+    options = {"batch_size": batch_size, "start": start, "finetune": finetune, "dense_blocks": dense_blocks}
+    yield from (BlockResult(*done) for done in stream.walk(model, params, tokens, change, **options))
+
+
+def tune_blocks(
+    model: Model,
+    params: Any,
+    dense_blocks: Sequence[Any],
+    tokens: np.ndarray,
+    finetune: FinetuneConfig,
+    *,
+    batch_size: int = 8,
+    start: int = 0,
+) -> Iterator[BlockResult]:
+    """Fine-tunes the blocks of a quantized model one after the other; arguments as of `quantize_blocks`."""
+    split(finetune.train, len(tokens))
+    options = {"batch_size": batch_size, "start": start, "finetune": finetune, "dense_blocks": dense_blocks}
+    keep = stream.walk(model, params, tokens, lambda _, block, __: (block, []), **options)
+    yield from (BlockResult(*done) for done in keep)

@@ -11,6 +11,7 @@ import jax
 
 from jaxquant import checkpoint, export, sensitivity
 from jaxquant.data import TokenSet
+from jaxquant.finetune import FinetuneConfig
 from jaxquant.methods import Config
 from jaxquant.models.load import LoadedModel
 from jaxquant.pipeline import BlockResult, quantize_blocks
@@ -24,6 +25,7 @@ def quantize_to_directory(
     *,
     seed: int = 0,
     batch_size: int = 8,
+    finetune: FinetuneConfig | None = None,
 ) -> Iterator[BlockResult]:
     """Quantizes a model into `out`, taking up what an interrupted run left there.
 
@@ -37,6 +39,7 @@ def quantize_to_directory(
       out: the run's directory.
       seed: of the methods' keys.
       batch_size: sequences per forward pass.
+      finetune: settings of block fine-tuning, or None.
 
     Yields:
       Each block's result, those read back first.
@@ -44,7 +47,9 @@ def quantize_to_directory(
     Raises:
       ValueError: `out` holds another run or other files; see also `quantize_blocks`.
     """
-    prints = checkpoint.fingerprint(loaded.params, data.provenance, plan, seed=seed, batch_size=batch_size)
+    prints = checkpoint.fingerprint(
+        loaded.params, data.provenance, plan, seed=seed, batch_size=batch_size, finetune=finetune
+    )
     checkpoint.open_run(out, prints)
     if export.is_packed(out):
         shutil.rmtree(out / "blocks", ignore_errors=True)  # there if the run was killed between its last two lines
@@ -63,12 +68,16 @@ def quantize_to_directory(
             key=jax.random.key(seed),
             batch_size=batch_size,
             start=len(results),
+            finetune=finetune,
+            dense_blocks=loaded.params["blocks"],
         ):
             store.save(result)
             results.append(result)
             yield result
     record = {
         "reports": [dataclasses.asdict(r) for result in results for r in result.reports],
+        "tuning": [None if r.tuning is None else dataclasses.asdict(r.tuning) for r in results],
+        "source": str(loaded.tokenizer_source),
         "run": prints,
         "environment": checkpoint.environment(),
     }

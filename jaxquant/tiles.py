@@ -131,20 +131,23 @@ class TiledTensor(QuantizedTensor):
             codes = codes | (((words[:, :, p, None] >> column) & np.uint32(1)) << np.uint32(p))
         return codes.reshape(len(codes), -1).astype(jnp.uint8)
 
+    def code_widths(self) -> jax.Array:
+        """Returns the width of every code in stored order, int32 [out, tiles * 32]."""
+        widths = self.widths.unpack().astype(jnp.int32)[class_of_row(self.shape[0], self.widths.shape[-2])]
+        return jnp.repeat(widths, TILE, axis=1)
+
+    def code_levels(self, codes: jax.Array) -> jax.Array:
+        """Returns the levels of codes [out, tiles * 32] in stored order, float32 of the same shape."""
+        codes, widths = codes.astype(jnp.int32), self.code_widths()
+        if not self.state_bits:
+            return level_table(self.levels, self.widest)[table_index(widths, codes)]
+        runs = trellis.rings(class_sizes(self.shape[0], self.widths.shape[-2]), self.state_bits)
+        state = trellis.states(codes, widths, runs, self.state_bits)
+        return self.levels.astype(jnp.float32)[widths] * jnp.asarray(trellis.table(self.state_bits))[state]
+
     def dequantize(self) -> jax.Array:
         """Returns the dense weight, float32 [out, in]."""
-        rows, columns = self.shape
-        classes = self.widths.shape[-2]
-        widths = jnp.repeat(self.widths.unpack().astype(jnp.int32), TILE, axis=1)[class_of_row(rows, classes)]
-        codes = self.codes().astype(jnp.int32)
-        if self.state_bits:
-            state = trellis.states(
-                codes, widths, trellis.rings(class_sizes(rows, classes), self.state_bits), self.state_bits
-            )
-            values = self.levels.astype(jnp.float32)[widths] * jnp.asarray(trellis.table(self.state_bits))[state]
-        else:
-            values = level_table(self.levels, self.widest)[table_index(widths, codes)]
-        values = values[:, :columns]
+        values = self.code_levels(self.codes())[:, : self.shape[1]]
         values = values[jnp.argsort(self.row_order())]
         values = values[:, jnp.argsort(self.column_order())]
         scale = self.row_scale.astype(jnp.float32)[:, None] * self.column_scale.astype(jnp.float32)[None, :]

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 
 def get(tree: Any, path: str) -> Any:
     """Returns the subtree at `path`; raises ValueError with the part that is missing."""
@@ -45,3 +48,29 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: tree}
     join = f"{prefix}/" if prefix else ""
     return {p: leaf for name, x in items for p, leaf in flatten(x, f"{join}{name}").items()}
+
+
+def is_float(x: Any) -> bool:
+    """True for an array (or ShapeDtypeStruct) of floats of any width."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def partition(tree: Any) -> tuple[Any, Any]:
+    """Splits a tree into what gradients and optimizers work on and what they must not touch.
+
+    `jax.grad` of a function of the first part, and any optax transformation, see floats only; codes, orders and
+    outlier positions are in the second part. `combine` undoes it. See equinox, https://arxiv.org/abs/2111.00254.
+
+    Args:
+      tree: any pytree, quantized tensors included.
+
+    Returns:
+      (the tree with its float arrays, None elsewhere; the tree with all other leaves, None where floats were).
+    """
+    floats = jax.tree.map(lambda x: x if is_float(x) else None, tree)
+    return floats, jax.tree.map(lambda x: None if is_float(x) else x, tree)
+
+
+def combine(floats: Any, rest: Any) -> Any:
+    """Joins what `partition` split; either part may have been changed in between."""
+    return jax.tree.map(lambda a, b: b if a is None else a, floats, rest, is_leaf=lambda x: x is None)

@@ -199,14 +199,36 @@ def search(
     moves = jnp.where(valid, width[:, None], 0)
     target, weight = target[runs.row], jnp.where(valid, weight[runs.row], 0)
     ends = None if incumbent is None else incumbent[runs.row[:, -1]]
-    paths = [functools.partial(_path, closed=runs.closed, widest=b) for b in _PROGRAMS]
+    programs = [functools.partial(paths, closed=runs.closed, widest=b) for b in _PROGRAMS]
     program = jnp.sum(width.max() > np.asarray(_PROGRAMS))
-    path = jax.lax.switch(program, paths, target, weight, moves, values, ends)
+    path = jax.lax.switch(program, programs, target, weight, moves, values, ends)
     return path[runs.run, runs.place]
 
 
-def _path(target, weight, moves, values, ends, *, closed: np.ndarray, widest: int) -> jax.Array:
-    """States int32 [runs, m] of the best paths that end in `ends`, or in what the run turned by half suggests."""
+def paths(
+    target: jax.Array,
+    weight: jax.Array,
+    moves: jax.Array,
+    values: jax.Array,
+    ends: jax.Array | None,
+    *,
+    closed: np.ndarray | jax.Array,
+    widest: int,
+) -> jax.Array:
+    """Best paths of several runs.
+
+    Args:
+      target: float32 [runs, m].
+      weight: float32 [runs, m] >= 0.
+      moves: int32 [runs, m], bits per code, 0 in the padding at the end.
+      values: float32 [runs, 2**L].
+      ends: int32 [runs], states in which closed runs begin and end; None for what the run turned by half suggests.
+      closed: bool [runs], of `Rings`; others begin at state 0 and end anywhere.
+      widest: the largest of `moves`, or more.
+
+    Returns:
+      int32 [runs, m], states.
+    """
     runs, size = values.shape
     solve = functools.partial(_viterbi, widest=widest)
     if ends is None:

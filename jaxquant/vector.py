@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.grid import symmetric_scale, symmetric_tensor
 from jaxquant.packing import pack, saturate
 from jaxquant.tensors import CodebookTensor, UniformTensor
 from jaxquant.vector_sweep import from_vectors, to_vectors
@@ -221,11 +222,7 @@ def store_books(books: jax.Array, bits: int) -> jax.Array | UniformTensor:
     flat = books.swapaxes(0, 1).reshape(down * across * count, size * d)
     if bits == 16:
         return saturate(flat, jnp.float16)
-    top = 2 ** (bits - 1) - 1
-    scale = jnp.max(jnp.abs(flat), axis=1, keepdims=True) / top
-    scale = saturate(jnp.maximum(scale, float(jnp.finfo(jnp.float16).tiny)), jnp.float16)
-    codes = jnp.clip(jnp.round(flat / scale.astype(jnp.float32)), -top - 1, top) + (top + 1)
-    return UniformTensor(pack(codes.astype(jnp.uint32), bits), scale, None)
+    return symmetric_tensor(flat, symmetric_scale(flat, bits, "float16"), bits)
 
 
 def load_books(stored: jax.Array | UniformTensor, shape: tuple[int, ...]) -> jax.Array:

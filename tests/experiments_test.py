@@ -7,8 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import configs, run
+from experiments import configs, models, run, tables
 from jaxquant import METHODS, GPTQConfig, RTNConfig, bits_per_weight, relative_error
+from jaxquant.finetune import FinetuneConfig
+from jaxquant.training import TrainConfig
+from tests import tiny
 from tests.conftest import make_problem
 
 EXPERIMENT = configs.Layers({"rtn 3-bit": RTNConfig(3, search="minmax"), "rtn 4-bit": RTNConfig(4, search="minmax")})
@@ -79,6 +82,32 @@ def test_errors_are_one_line(main, capsys):
     )
     assert main("tiny") == 1
     assert "error: --problems: expected a folder of .npz files" in capsys.readouterr().err
+
+
+def test_every_stage_of_tuning_is_measured(main, tmp_path, monkeypatch, capsys):
+    source = tiny.write(tmp_path / "model")
+    text = str(tiny.write_text(tmp_path / "text.txt"))
+    train = TrainConfig(1e-2, epochs=2, batch_size=4, micro_batch=2, held_out=0.2)
+    config = RTNConfig(2, search="minmax")
+    small = configs.Tuning({"2-bit": config}, FinetuneConfig(train), train, train, seeds=(0,), sequences=10, length=16)
+    monkeypatch.setitem(configs.EXPERIMENTS, "tiny", small)
+    # one layer of each block, so that there is less to compile
+    monkeypatch.setattr(models, "resolve", lambda _, paths: {p: config if "up" in p else None for p in paths})
+    options = ("--model", str(source), "--calibration", text, "--text", text)
+    assert main("tiny", *options) == 0
+    found = {r["stage"]: r for r in map(json.loads, (f.read_text() for f in (tmp_path / "results").rglob("*.json")))}
+    assert set(found) == {"none", "block", "distill", "pv"}
+    kl = [found[stage]["kl"] for stage in ("none", "block", "distill")]
+    assert kl[2] < kl[0]
+    assert {r["bits_per_weight"] for r in found.values()} == {found["none"]["bits_per_weight"]}
+    assert all({"model", "perplexity", "perplexity_built_in", "seed", "seconds"} <= set(r) for r in found.values())
+    assert list(found["pv"]["tuning"]) == ["block", "distill", "pv"]
+    capsys.readouterr()
+    assert main("tiny", *options) == 0  # nothing is computed twice
+    assert capsys.readouterr().out == ""
+    table = tables.tuning([*found.values(), {**found["block"], "perplexity": found["block"]["perplexity"] + 1}])
+    assert table.splitlines()[0] == "| method | bits per weight | none | + block | + distill | + pv |"
+    assert " ± 0.71 (KL " in table
 
 
 def test_every_named_experiment_is_complete():

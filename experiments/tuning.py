@@ -1,0 +1,106 @@
+"""The ablation of tuning: none, block fine-tuning, then distillation, then PV-tuning, for several rates and seeds."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import models
+from experiments.configs import Tuning
+from jaxquant import bits_per_weight, trees
+from jaxquant.checkpoint import describe_config
+from jaxquant.commands import default_bos
+from jaxquant.data import evaluation_tokens
+from jaxquant.distill import prepare
+from jaxquant.methods import Config
+from jaxquant.progress import track
+from jaxquant.tensors import is_quantized
+
+STAGES = ("none", "block", "distill", "pv")
+
+
+class _Chain:
+    """The stages of one method and seed; each is computed when first asked for, from the one before it."""
+
+    def __init__(self, task: models.Task, experiment: Tuning, config: Config, seed: int):
+        self.task, self.experiment, self.config, self.seed = task, experiment, config, seed
+        self.stage = functools.cache(self._stage)
+
+    def _stage(self, stage: str) -> tuple[Any, float]:
+        """Returns (parameters, seconds of this stage alone, compilation included)."""
+        e, seed = self.experiment, self.seed
+        before = self.stage(STAGES[STAGES.index(stage) - 1])[0] if stage in ("distill", "pv") else None
+        began = time.perf_counter()
+        if stage in ("none", "block"):
+            train = dataclasses.replace(e.block.train, seed=seed)
+            finetune = dataclasses.replace(e.block, train=train) if stage == "block" else None
+            params, _ = models.quantize(self.task, self.config, stage, e.batch_size, seed=seed, finetune=finetune)
+        else:
+            train = dataclasses.replace(e.pv if stage == "pv" else e.distill, seed=seed)
+            codes = e.codes if stage == "pv" else None
+            run = prepare(self.task.model, before, self.task.params, self.task.tokens, train, codes=codes)
+            state = run.begin()
+            for progress in track(run.run(state), stage, total=run.plan.chunks):
+                state = progress.state
+            params = run.result(state)
+        jax.block_until_ready(params)
+        return params, time.perf_counter() - began
+
+
+def run(
+    experiment: Tuning,
+    model: str | None,
+    calibration: str | None,
+    text: str | None,
+    only: str,
+    *,
+    store: Callable[[dict[str, Any], Callable[[], dict[str, Any]]], None],
+) -> None:
+    """Measures every stage of every method and seed, on the given text and on the built-in one.
+
+    Args:
+      experiment: what to run.
+      model: the model.
+      calibration: text to calibrate and tune on.
+      text: evaluation text.
+      only: run only methods whose name holds this.
+      store: (settings, function that measures) -> None; it calls the function unless the result is there.
+    """
+    for seed in experiment.seeds:
+        task = models.open_task(model, calibration, text, experiment.sequences, experiment.length, seed)
+        bos = default_bos(task.model)
+        third = evaluation_tokens(None, task.tokenizer, length=experiment.length, bos_id=bos).tokens
+        for name, config in experiment.methods.items():
+            if only not in name:
+                continue
+            chain = _Chain(task, experiment, config, seed)
+            for stage in STAGES:
+
+                def measure(chain=chain, stage=stage, task=task, third=third):
+                    params, seconds = chain.stage(stage)
+                    other = models.evaluation(task._replace(text=third), params, [], f"{stage}, built-in text")
+                    figures = models.evaluation(task, params, [], stage)
+                    tensors = [x for x in trees.flatten(params).values() if is_quantized(x)]
+                    bits = np.average(
+                        [bits_per_weight(t) for t in tensors], weights=[np.prod(t.shape) for t in tensors]
+                    )
+                    more = {
+                        "bits_per_weight": float(bits),
+                        "seconds": seconds,
+                        "perplexity_built_in": other["perplexity"],
+                    }
+                    return {k: v for k, v in figures.items() if k != "layers"} | more
+
+                settings = {"method": name, "config": describe_config(config), "stage": stage, "seed": seed}
+                store({**task.about, **settings, "tuning": _settings(experiment, stage)}, measure)
+
+
+def _settings(experiment: Tuning, stage: str) -> dict[str, Any]:
+    """Settings of all stages up to this one."""
+    parts = {"block": experiment.block, "distill": experiment.distill, "pv": (experiment.pv, experiment.codes)}
+    used = {k: v for k, v in parts.items() if STAGES.index(k) <= STAGES.index(stage)}
+    return {k: [dataclasses.asdict(x) for x in (v if isinstance(v, tuple) else (v,))] for k, v in used.items()}
