@@ -1,0 +1,41 @@
+"""Products with scalar codes in half words: which implementation can do which, and calling it."""
+
+import jax
+
+TPU_TOKENS = 128
+_NO_KERNEL = {"cpu": "a CPU kernel for additive codes only", "gpu": "no GPU kernel for scalar codes yet"}
+
+
+def supports(implementation: str, *, bits: int, columns: int, tokens: int) -> str | None:
+    """Says why an implementation cannot do a product with uniform grids; None if it can."""
+    del columns
+    if implementation != "tpu":
+        return f"there is {_NO_KERNEL[implementation]}"
+    if bits not in (2, 3, 4, 8):
+        return f"expected codes of 2, 3, 4 or 8 bits, got {bits}"
+    return _too_many(tokens)
+
+
+def supports_levels(implementation: str, *, tokens: int) -> str | None:
+    """Says why an implementation cannot do a product with a table of levels per row; None if it can."""
+    return f"there is {_NO_KERNEL[implementation]}" if implementation != "tpu" else _too_many(tokens)
+
+
+def _too_many(tokens: int) -> str | None:
+    if tokens <= TPU_TOKENS:
+        return None
+    return f"expected at most {TPU_TOKENS} tokens, got {tokens}; make the weight dense for many tokens"
+
+
+def uniform_matmul(x: jax.Array, words: jax.Array, scale: jax.Array, zero: jax.Array | None, *, bits: int) -> jax.Array:
+    """Returns x @ W.T by the TPU kernel, float32 [tokens, out]; see `tpu.uniform_matmul`."""
+    from jaxquant.kernels.uniform_matmul import tpu
+
+    return tpu.uniform_matmul(x, words, scale, zero, bits=bits)
+
+
+def level_matmul(x: jax.Array, words: jax.Array, levels: jax.Array, scale: jax.Array | None, *, bits: int) -> jax.Array:
+    """Returns x @ W.T by the TPU kernel, float32 [tokens, out]; see `tpu.level_matmul`."""
+    from jaxquant.kernels.uniform_matmul import tpu
+
+    return tpu.level_matmul(x, words, levels, scale, bits=bits)
