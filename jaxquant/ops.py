@@ -62,7 +62,7 @@ def matmul(
         raise ValueError(f"matmul: expected x [..., {weight.shape[-1]}] for a weight {weight.shape}, got {x.shape}")
     tokens = x.size // max(1, x.shape[-1])
     if implementation is None:
-        implementation = _choose(weight, tokens)
+        implementation = choose(weight, tokens=tokens)
     elif reason := supports(weight, implementation, tokens=tokens):
         raise ValueError(f'matmul: implementation "{implementation}": {reason}')
     if implementation == "reference" or not isinstance(weight, QuantizedTensor):
@@ -90,7 +90,8 @@ def supports(weight: Any, implementation: str, *, tokens: int = 1) -> str | None
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _choose(weight: Any, tokens: int) -> Implementation:
+def choose(weight: Any, *, tokens: int = 1) -> Implementation:
+    """The implementation that `matmul` uses where none is asked for."""
     leaves = [leaf for leaf in _leaves(weight) if isinstance(leaf, QuantizedTensor)]
     if leaves and all(isinstance(leaf, ServingTensor) for leaf in leaves):
         for kernel in ("cpu", "tpu", "gpu"):
