@@ -115,19 +115,22 @@ def _leaf_reason(weight: Any, implementation: str, tokens: int) -> str | None:
     if not isinstance(weight, QuantizedTensor):
         return None  # a dense part needs no kernel
     if isinstance(weight, (UniformTensor, UniformWordTensor)):
-        return uniform_api.supports(implementation, bits=weight.bits, columns=weight.shape[1], tokens=tokens)
-    if isinstance(weight, LevelWordTensor):
-        return uniform_api.supports_levels(implementation, tokens=tokens)
-    if isinstance(weight, CodebookTensor) and has_row_levels(weight) and implementation == "tpu":
-        return uniform_api.supports_levels(implementation, tokens=tokens)
-    if isinstance(weight, (CodebookTensor, LookupTensor)):
-        bits = weight.codes.bits if isinstance(weight, CodebookTensor) else weight.bits
-        vector = weight.vector if isinstance(weight, CodebookTensor) else (1, weight.dimension)
+        return uniform_api.supports(implementation, bits=weight.bits, tokens=tokens)
+    if isinstance(weight, (CodebookTensor, LookupTensor, LevelWordTensor)):
         scale = None if weight.scale is None else weight.scale.shape
-        return codebook_api.supports(
-            implementation, bits=bits, vector=vector, blocks=weight.blocks, scale=scale, tokens=tokens
-        )
+        if isinstance(weight, LevelWordTensor) or _by_levels(weight, implementation):
+            return uniform_api.supports_levels(implementation, scale=scale, tokens=tokens)
+        packed = isinstance(weight, CodebookTensor)
+        vector, count = weight.vector if packed else (1, weight.dimension), weight.num_codebooks
+        settings: dict[str, Any] = {"bits": weight.codes.bits if packed else weight.bits, "vector": vector}
+        settings |= {"count": count, "blocks": weight.blocks, "scale": scale, "tokens": tokens}
+        return codebook_api.supports(implementation, **settings)
     return f"expected a uniform or codebook weight, got {weight.format}"
+
+
+def _by_levels(weight: Any, implementation: str) -> bool:
+    """True where the kernel for levels per row is the one to use."""
+    return implementation == "tpu" and isinstance(weight, CodebookTensor) and has_row_levels(weight)
 
 
 def _reference(x: jax.Array, weight: Any) -> jax.Array:
@@ -189,8 +192,7 @@ def _leaf(x: jax.Array, weight: Any, implementation: str) -> jax.Array:
     if isinstance(weight, UniformTensor):
         weight = word_tensor(weight)
     if isinstance(weight, CodebookTensor):
-        levels = implementation == "tpu" and has_row_levels(weight)
-        weight = word_tensor(weight) if levels else lookup_tensor(weight, implementation)
+        weight = word_tensor(weight) if _by_levels(weight, implementation) else lookup_tensor(weight, implementation)
     if isinstance(weight, UniformWordTensor):
         zero = None if weight.zero is None else jnp.swapaxes(weight.zero.unpack(), -1, -2)
         return uniform_api.uniform_matmul(x, weight.words, weight.scale, zero, bits=weight.bits)

@@ -56,7 +56,7 @@ class ServingTensor(QuantizedTensor):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["slots", "codebooks", "scale"],
-    meta_fields=["blocks", "dimension", "count", "bits", "rows", "columns"],
+    meta_fields=["blocks", "dimension", "num_codebooks", "bits", "rows", "columns"],
 )
 @dataclasses.dataclass(frozen=True)
 class LookupTensor(ServingTensor):
@@ -68,7 +68,7 @@ class LookupTensor(ServingTensor):
       scale: as in CodebookTensor.
       blocks: as in CodebookTensor (static).
       dimension: d (static).
-      count: M (static).
+      num_codebooks: M (static).
       bits: width of a code in the CodebookTensor, at most 8 (static).
       rows: out (static).
       columns: in (static).
@@ -79,7 +79,7 @@ class LookupTensor(ServingTensor):
     scale: jax.Array | None
     blocks: tuple[int, int]
     dimension: int
-    count: int
+    num_codebooks: int
     bits: int
     rows: int
     columns: int
@@ -92,12 +92,12 @@ class LookupTensor(ServingTensor):
     @property
     def used_slots(self) -> int:
         """Slots without padding."""
-        return self.count * self.shape[1] // self.dimension
+        return self.num_codebooks * self.shape[1] // self.dimension
 
     def original(self) -> CodebookTensor:
         """Returns the CodebookTensor."""
         slots = self.slots[: self.used_slots, : self.shape[0]]
-        codes = pack(slot_layout.from_slots(slots, self.count), self.bits)
+        codes = pack(slot_layout.from_slots(slots, self.num_codebooks), self.bits)
         return CodebookTensor(codes, self.codebooks, self.scale, self.blocks, (1, self.dimension))
 
 

@@ -12,6 +12,7 @@ def supports(
     implementation: str,
     *,
     bits: int,
+    count: int,
     vector: tuple[int, int],
     blocks: tuple[int, int],
     scale: tuple[int, ...] | None,
@@ -22,6 +23,7 @@ def supports(
     Args:
       implementation: "cpu", "tpu" or "gpu".
       bits: width of a code.
+      count: M, codebooks that are added up.
       vector: (g, d), rows and columns of an entry.
       blocks: (R, C).
       scale: shape of the scale, or None.
@@ -43,8 +45,12 @@ def supports(
         return None
     if (bits, blocks[0]) != (8, 1):
         return f"expected codes of 8 bits and codebooks for all rows, got {bits} bits, {blocks[0]} row blocks"
-    if implementation == "tpu" and tokens > TPU_TABLE_TOKENS and (vector[1], blocks[1]) != (8, 1):
-        return f"expected vectors of 8 in one block beyond {TPU_TABLE_TOKENS} tokens, got {vector[1]}, {blocks[1]}"
+    if implementation == "tpu" and tokens > TPU_TABLE_TOKENS:
+        if (vector[1], blocks[1]) != (8, 1) or count not in (1, 2, 4):
+            return (
+                f"expected 1, 2 or 4 codebooks with vectors of 8 in one block beyond {TPU_TABLE_TOKENS} tokens, "
+                f"got {count} with vectors of {vector[1]} in {blocks[1]} blocks"
+            )
     return None
 
 

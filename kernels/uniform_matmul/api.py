@@ -6,9 +6,8 @@ TPU_TOKENS = 128
 _NO_KERNEL = {"cpu": "a CPU kernel for additive codes only", "gpu": "no GPU kernel for scalar codes yet"}
 
 
-def supports(implementation: str, *, bits: int, columns: int, tokens: int) -> str | None:
+def supports(implementation: str, *, bits: int, tokens: int) -> str | None:
     """Says why an implementation cannot do a product with uniform grids; None if it can."""
-    del columns
     if implementation != "tpu":
         return f"there is {_NO_KERNEL[implementation]}"
     if bits not in (2, 3, 4, 8):
@@ -16,9 +15,13 @@ def supports(implementation: str, *, bits: int, columns: int, tokens: int) -> st
     return _too_many(tokens)
 
 
-def supports_levels(implementation: str, *, tokens: int) -> str | None:
+def supports_levels(implementation: str, *, scale: tuple[int, ...] | None, tokens: int) -> str | None:
     """Says why an implementation cannot do a product with a table of levels per row; None if it can."""
-    return f"there is {_NO_KERNEL[implementation]}" if implementation != "tpu" else _too_many(tokens)
+    if implementation != "tpu":
+        return f"there is {_NO_KERNEL[implementation]}"
+    if scale is not None and min(scale) > 1:
+        return f"expected scales of rows or of columns, got scales {scale[0]} x {scale[1]}"
+    return _too_many(tokens)
 
 
 def _too_many(tokens: int) -> str | None:
