@@ -115,7 +115,9 @@ def _leaf_reason(weight: Any, implementation: str, tokens: int) -> str | None:
     if not isinstance(weight, QuantizedTensor):
         return None  # a dense part needs no kernel
     if isinstance(weight, (UniformTensor, UniformWordTensor)):
-        return uniform_api.supports(implementation, bits=weight.bits, tokens=tokens)
+        groups = weight.scale.shape[-1]
+        group = None if groups == 1 else weight.shape[1] // groups
+        return uniform_api.supports(implementation, bits=weight.bits, group=group, tokens=tokens)
     if isinstance(weight, (CodebookTensor, LookupTensor, LevelWordTensor)):
         scale = None if weight.scale is None else weight.scale.shape
         if isinstance(weight, LevelWordTensor) or _by_levels(weight, implementation):
@@ -200,6 +202,6 @@ def _leaf(x: jax.Array, weight: Any, implementation: str) -> jax.Array:
         return uniform_api.level_matmul(x, weight.words, dense(weight.levels), weight.scale, bits=weight.bits)
     if isinstance(weight, LookupTensor):
         settings: dict[str, Any] = {"blocks": weight.blocks, "dimension": weight.dimension}
-        settings |= {"used": (weight.used_slots, weight.rows), "implementation": implementation}
+        settings |= {"out": weight.rows, "implementation": implementation}
         return codebook_api.codebook_matmul(x, weight.slots, dense(weight.codebooks), weight.scale, **settings)
     return _reference(x, weight)

@@ -29,8 +29,8 @@ from jaxquant.tensors import (
 )
 
 WORD_BITS = (2, 3, 4, 8)
-# A TPU's vectors are 8 x 128 words, or 32 x 128 bytes.
-_LANES, _SLOTS, _LINES = 128, 32, 64
+# Lines of half words for one product of a TPU's matrix unit; few columns are not worth padding to so many.
+_LINES, _FEW_COLUMNS, _FEWEST_LINES = 64, 512, 16
 # Rows of slots at a distance of a multiple of 1024 bytes push each other out of a CPU's first cache (8 ways of 4 KiB):
 # 5 times slower at 4096 outputs, so such rows are a cache line longer.
 _ALIASED, _CACHE_LINE = 1024, 64
@@ -63,7 +63,7 @@ class LookupTensor(ServingTensor):
     """A CodebookTensor of vectors along a row, its codes as `kernels.codebook_matmul.layout` describes.
 
     Attributes:
-      slots: uint8 [in / d * M, out] or more of both; what is more is zero.
+      slots: uint8 [in / d * M, out or more]; what is more is zero.
       codebooks: as in CodebookTensor.
       scale: as in CodebookTensor.
       blocks: as in CodebookTensor (static).
@@ -89,14 +89,9 @@ class LookupTensor(ServingTensor):
         """Shape (out, in) of the dense weight."""
         return self.rows, self.columns
 
-    @property
-    def used_slots(self) -> int:
-        """Slots without padding."""
-        return self.num_codebooks * self.shape[1] // self.dimension
-
     def original(self) -> CodebookTensor:
         """Returns the CodebookTensor."""
-        slots = self.slots[: self.used_slots, : self.shape[0]]
+        slots = self.slots[:, : self.rows]
         codes = pack(slot_layout.from_slots(slots, self.num_codebooks), self.bits)
         return CodebookTensor(codes, self.codebooks, self.scale, self.blocks, (1, self.dimension))
 
@@ -109,7 +104,7 @@ class UniformWordTensor(ServingTensor):
     """A UniformTensor, its codes as `kernels.uniform_matmul.layout` describes.
 
     Attributes:
-      words: uint32 [lines / 2, out or more].
+      words: uint32 [lines / 2, out].
       scale: as in UniformTensor.
       zero: as in UniformTensor.
       bits: 2, 3, 4 or 8 (static).
@@ -129,7 +124,7 @@ class UniformWordTensor(ServingTensor):
 
     def original(self) -> UniformTensor:
         """Returns the UniformTensor."""
-        codes = word_layout.from_words(self.words, self.bits, *self.shape)
+        codes = word_layout.from_words(self.words, self.bits, self.columns)
         return UniformTensor(pack(codes, self.bits), self.scale, self.zero)
 
 
@@ -141,7 +136,7 @@ class LevelWordTensor(ServingTensor):
     """A CodebookTensor of one table of levels per row, its codes as `kernels.uniform_matmul.layout` describes.
 
     Attributes:
-      words: uint32 [lines / 2, out or more].
+      words: uint32 [lines / 2, out].
       levels: the codebooks, [out, 2**bits].
       scale: as in CodebookTensor.
       bits: 2, 3 or 4 (static).
@@ -163,12 +158,8 @@ class LevelWordTensor(ServingTensor):
 
     def original(self) -> CodebookTensor:
         """Returns the CodebookTensor."""
-        codes = word_layout.from_words(self.words, self.bits, *self.shape)
+        codes = word_layout.from_words(self.words, self.bits, self.columns)
         return CodebookTensor(pack(codes[None], self.bits), self.levels, self.scale, (self.shape[0], 1), (1, 1))
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def lookup_tensor(tensor: CodebookTensor, platform: str = "cpu") -> LookupTensor:
@@ -181,14 +172,9 @@ def lookup_tensor(tensor: CodebookTensor, platform: str = "cpu") -> LookupTensor
         got = f"{tensor.codes.bits} bits, {tensor.vector[0]} rows"
         raise ValueError(f"lookup layout: expected codes of at most 8 bits and entries of one row, got {got}")
     codes = slot_layout.to_slots(tensor.codes.unpack())
-    slots, outputs = codes.shape
-    if platform == "tpu":
-        slots, outputs = _up(slots, _SLOTS), _up(outputs, _LANES)
-    elif platform == "cpu" and outputs % _ALIASED == 0:
-        outputs += _CACHE_LINE
-    pad = [(0, slots - codes.shape[0]), (0, outputs - codes.shape[1])]
+    more = _CACHE_LINE if platform == "cpu" and codes.shape[1] % _ALIASED == 0 else 0
     fields = tensor.blocks, tensor.vector[1], tensor.num_codebooks, tensor.codes.bits, *tensor.shape
-    return LookupTensor(jnp.pad(codes, pad), tensor.codebooks, tensor.scale, *fields)
+    return LookupTensor(jnp.pad(codes, ((0, 0), (0, more))), tensor.codebooks, tensor.scale, *fields)
 
 
 def word_tensor(tensor: UniformTensor | CodebookTensor) -> UniformWordTensor | LevelWordTensor:
@@ -197,19 +183,19 @@ def word_tensor(tensor: UniformTensor | CodebookTensor) -> UniformWordTensor | L
     Raises:
       ValueError: not the kind of codes that the layout holds.
     """
-    bits, (out, columns) = tensor.codes.bits, tensor.shape
+    bits, columns = tensor.codes.bits, tensor.shape[1]
     if bits not in WORD_BITS:
         raise ValueError(f"word layout: expected codes of one of {WORD_BITS} bits, got {bits}")
-    outputs = _up(out, _LANES)
+    multiple = _LINES if columns >= _FEW_COLUMNS else _FEWEST_LINES
     if isinstance(tensor, UniformTensor):
         group = tensor.group_size if tensor.scale.shape[-1] > 1 else 1
-        lines = word_layout.num_lines(columns, bits, math.lcm(_LINES if columns >= 512 else 16, group))
-        words = word_layout.to_words(tensor.codes.unpack(), bits, lines, outputs)
+        lines = word_layout.num_lines(columns, bits, math.lcm(multiple, group))
+        words = word_layout.to_words(tensor.codes.unpack(), bits, lines)
         return UniformWordTensor(words, tensor.scale, tensor.zero, bits, columns)
     if not has_row_levels(tensor):
         raise ValueError(f"word layout: expected a table of at most 16 levels per row, got {tensor.format}")
-    lines = word_layout.num_lines(columns, bits, _LINES if columns >= 512 else 16)
-    words = word_layout.to_words(tensor.codes.unpack()[0], bits, lines, outputs)
+    lines = word_layout.num_lines(columns, bits, multiple)
+    words = word_layout.to_words(tensor.codes.unpack()[0], bits, lines)
     return LevelWordTensor(words, tensor.codebooks, tensor.scale, bits, *tensor.shape)
 
 

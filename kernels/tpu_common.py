@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 
@@ -27,7 +26,7 @@ def gather(table: jax.Array, index: jax.Array, axis: int) -> jax.Array:
 
 
 def dot(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x @ weight, bfloat16 in, float32 out."""
+    """X @ weight, bfloat16 in, float32 out."""
     return lax.dot_general(x, weight, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
@@ -35,6 +34,11 @@ def pad_to(x: jax.Array, axis: int, multiple: int) -> jax.Array:
     """Appends zeros up to a multiple of the length."""
     more = -x.shape[axis] % multiple
     return x if not more else jnp.pad(x, [(0, more if a == axis % x.ndim else 0) for a in range(x.ndim)])
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """float32 with the values of bfloat16; a conversion there and back would be simplified away."""
+    return lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
 
 
 def split_rows(x: jax.Array) -> jax.Array:
@@ -45,7 +49,7 @@ def split_rows(x: jax.Array) -> jax.Array:
     """
     parts = [x.astype(jnp.bfloat16)]
     if x.dtype != jnp.bfloat16:
-        parts.append((x.astype(jnp.float32) - parts[0].astype(jnp.float32)).astype(jnp.bfloat16))
+        parts.append((x.astype(jnp.float32) - rounded(x)).astype(jnp.bfloat16))
     return pad_to(jnp.concatenate(parts), 0, 16)
 
 
@@ -56,10 +60,5 @@ def join_rows(y: jax.Array, x: jax.Array) -> jax.Array:
 
 def as_seen(x: jax.Array) -> jax.Array:
     """Inputs as `split_rows` represents them, float32 [tokens, in]."""
-    rows = split_rows(x).astype(jnp.float32)
-    return join_rows(rows, x)
-
-
-def bits(pattern: int) -> np.int32:
-    """A 32-bit pattern as int32."""
-    return np.uint32(pattern).astype(np.int32)
+    x = x.astype(jnp.float32)
+    return rounded(x) + rounded(x - rounded(x))

@@ -24,8 +24,8 @@ TREE = {
     "dense": jnp.ones((3, 4)),
 }
 
-to_words = jax.jit(layout.to_words, static_argnums=(1, 2, 3))
-from_words = jax.jit(layout.from_words, static_argnums=(1, 2, 3))
+to_words = jax.jit(layout.to_words, static_argnums=(1, 2))
+from_words = jax.jit(layout.from_words, static_argnums=(1, 2))
 
 
 def same(a, b):
@@ -56,25 +56,24 @@ def test_what_is_padded_is_counted():
     tensor = additive(1024, 64)
     scale = 16 * (2 * 2048 + 1024)
     assert tensor.storage_bits() == 8 * 2 * 1024 * 8 + scale
-    assert lookup_tensor(tensor, "gpu").storage_bits() == 8 * 16 * 1024 + scale
+    assert lookup_tensor(tensor, "tpu").storage_bits() == tensor.storage_bits()
     assert lookup_tensor(tensor, "cpu").storage_bits() == 8 * 16 * (1024 + 64) + scale
-    assert lookup_tensor(tensor, "tpu").storage_bits() == 8 * 32 * 1024 + scale
     three = word_tensor(uniform_tensor(128, 5 * 1024, 3, zero=False))
     assert three.storage_bits() == 128 * (1024 * 16 + 16)  # 5 codes in 16 bits
 
 
 @settings(max_examples=5)
-@given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 9), st.integers(1, 70), st.integers(0, 3))
-def test_words_hold_the_codes(bits, out, n, more):
+@given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 9), st.integers(1, 70))
+def test_words_hold_the_codes(bits, out, n):
     codes = np.random.default_rng(0).integers(0, 2**bits, (out, n))
     lines = layout.num_lines(n, bits, 2)
-    words = np.asarray(to_words(jnp.asarray(codes), bits, lines, out + more), np.uint64)
-    assert words.shape == (lines // 2, out + more)
+    words = np.asarray(to_words(jnp.asarray(codes), bits, lines), np.uint64)
+    assert words.shape == (lines // 2, out)
     for column in range(n):
         place, line = divmod(column, lines)
         shift = 16 * (line % 2) + bits * place
         np.testing.assert_array_equal((words[line // 2, :out] >> shift) & (2**bits - 1), codes[:, column])
-    back = from_words(jnp.asarray(words, jnp.uint32), bits, out, n)
+    back = from_words(jnp.asarray(words, jnp.uint32), bits, n)
     np.testing.assert_array_equal(back, codes)
 
 

@@ -45,12 +45,12 @@ def supports(
         return None
     if (bits, blocks[0]) != (8, 1):
         return f"expected codes of 8 bits and codebooks for all rows, got {bits} bits, {blocks[0]} row blocks"
-    if implementation == "tpu" and tokens > TPU_TABLE_TOKENS:
-        if (vector[1], blocks[1]) != (8, 1) or count not in (1, 2, 4):
-            return (
-                f"expected 1, 2 or 4 codebooks with vectors of 8 in one block beyond {TPU_TABLE_TOKENS} tokens, "
-                f"got {count} with vectors of {vector[1]} in {blocks[1]} blocks"
-            )
+    decodable = (vector[1], blocks[1]) == (8, 1) and count in (1, 2, 4)
+    if implementation == "tpu" and tokens > TPU_TABLE_TOKENS and not decodable:
+        return (
+            f"expected 1, 2 or 4 codebooks with vectors of 8 in one block beyond {TPU_TABLE_TOKENS} tokens, "
+            f"got {count} with vectors of {vector[1]} in {blocks[1]} blocks"
+        )
     return None
 
 
@@ -62,22 +62,22 @@ def codebook_matmul(
     *,
     blocks: tuple[int, int],
     dimension: int,
-    used: tuple[int, int],
+    out: int,
     implementation: str,
 ) -> jax.Array:
     """Returns x @ W.T, float32 [tokens, out].
 
     Args:
       x: float [tokens, in].
-      slots: uint8 [in / d * M, out] or more of both, see `layout`.
+      slots: uint8 [in / d * M, out or more], see `layout`.
       codebooks: float [R * C * M, K * d].
       scale: float [out or 1, 1] or [1, in / d], or None.
       blocks: (R, C).
       dimension: d.
-      used: slots and outputs without padding.
+      out: outputs without padding.
       implementation: "cpu", "tpu" or "gpu", one that `supports` has no objection to.
     """
-    settings: dict[str, Any] = {"blocks": blocks, "dimension": dimension, "used": used}
+    settings: dict[str, Any] = {"blocks": blocks, "dimension": dimension, "out": out}
     if implementation == "cpu":
         from jaxquant.kernels.codebook_matmul.cpu import lookup_matmul
 

@@ -40,22 +40,22 @@ def lookup_matmul(
     *,
     blocks: tuple[int, int],
     dimension: int,
-    used: tuple[int, int],
+    out: int,
 ) -> jax.Array:
     """Returns x @ W.T by partial products, float32 [tokens, out].
 
     Args:
       x: float [tokens, in].
-      slots: uint8 [in / d * M, out] or more of both, see `layout`.
+      slots: uint8 [in / d * M, out or more], see `layout`.
       codebooks: float [R * C * M, K * d].
       scale: float [out or 1, 1] or [1, in / d], or None.
       blocks: (R, C).
       dimension: d.
-      used: slots and outputs without padding.
+      out: outputs without padding.
     """
     row_scale, column_scale = layout.split_scale(scale)
     table = layout.partial_products(x, codebooks, column_scale, blocks=blocks, dimension=dimension)
-    rows = used[1] // blocks[0]
+    rows = out // blocks[0]
 
     def token(table):  # [R, S, K]
         parts = [_sum_of_lookups(table[r], slots, r * rows, (r + 1) * rows) for r in range(blocks[0])]

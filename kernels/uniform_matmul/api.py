@@ -6,12 +6,21 @@ TPU_TOKENS = 128
 _NO_KERNEL = {"cpu": "a CPU kernel for additive codes only", "gpu": "no GPU kernel for scalar codes yet"}
 
 
-def supports(implementation: str, *, bits: int, tokens: int) -> str | None:
-    """Says why an implementation cannot do a product with uniform grids; None if it can."""
+def supports(implementation: str, *, bits: int, group: int | None, tokens: int) -> str | None:
+    """Says why an implementation cannot do a product with uniform grids; None if it can.
+
+    Args:
+      implementation: "cpu", "tpu" or "gpu".
+      bits: width of a code.
+      group: columns that share a scale, or None for whole rows.
+      tokens: rows of x.
+    """
     if implementation != "tpu":
         return f"there is {_NO_KERNEL[implementation]}"
     if bits not in (2, 3, 4, 8):
         return f"expected codes of 2, 3, 4 or 8 bits, got {bits}"
+    if group is not None and group % 16:
+        return f"expected groups of a multiple of 16 columns, got {group}"
     return _too_many(tokens)
 
 

@@ -21,30 +21,29 @@ def num_lines(columns: int, bits: int, multiple: int) -> int:
     return -(-columns // (positions(bits) * multiple)) * multiple
 
 
-def to_words(codes: jax.Array, bits: int, lines: int, outputs: int) -> jax.Array:
+def to_words(codes: jax.Array, bits: int, lines: int) -> jax.Array:
     """Packs codes.
 
     Args:
       codes: unsigned integers [out, in] below 2**bits.
       bits: 2, 3, 4 or 8.
       lines: even, at least in / positions(bits).
-      outputs: at least out; what is added holds zeros.
 
     Returns:
-      uint32 [lines / 2, outputs].
+      uint32 [lines / 2, out].
     """
     count = positions(bits)
     out, columns = codes.shape
-    padded = jnp.pad(codes.astype(jnp.uint32), ((0, outputs - out), (0, count * lines - columns)))
+    padded = jnp.pad(codes.astype(jnp.uint32), ((0, 0), (0, count * lines - columns)))
     shift = (np.arange(count) * bits).astype(np.uint32)[None, :, None]
-    halves = (padded.reshape(outputs, count, lines) << shift).sum(1, dtype=jnp.uint32)
+    halves = (padded.reshape(out, count, lines) << shift).sum(1, dtype=jnp.uint32)
     return (halves[:, 0::2] | (halves[:, 1::2] << np.uint32(16))).T
 
 
-def from_words(words: jax.Array, bits: int, out: int, columns: int) -> jax.Array:
+def from_words(words: jax.Array, bits: int, columns: int) -> jax.Array:
     """Inverse of `to_words`: uint8 [out, columns]."""
-    count, halves = positions(bits), words.T[:out]
-    lines = jnp.stack([halves & np.uint32(0xFFFF), halves >> np.uint32(16)], axis=-1).reshape(out, 1, -1)
+    count, halves = positions(bits), words.T
+    lines = jnp.stack([halves & np.uint32(0xFFFF), halves >> np.uint32(16)], axis=-1).reshape(len(halves), 1, -1)
     shift = (np.arange(count) * bits).astype(np.uint32)[None, :, None]
     codes = (lines >> shift) & np.uint32(2**bits - 1)
-    return codes.reshape(out, -1)[:, :columns].astype(jnp.uint8)
+    return codes.reshape(len(halves), -1)[:, :columns].astype(jnp.uint8)
