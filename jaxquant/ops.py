@@ -117,15 +117,23 @@ def _leaf_reason(weight: Any, implementation: str, tokens: int) -> str | None:
     if isinstance(weight, (UniformTensor, UniformWordTensor)):
         groups = weight.scale.shape[-1]
         group = None if groups == 1 else weight.shape[1] // groups
-        return uniform_api.supports(implementation, bits=weight.bits, group=group, tokens=tokens)
+        return uniform_api.supports(
+            implementation, bits=weight.bits, group=group, columns=weight.shape[1], tokens=tokens
+        )
     if isinstance(weight, (CodebookTensor, LookupTensor, LevelWordTensor)):
         scale = None if weight.scale is None else weight.scale.shape
         if isinstance(weight, LevelWordTensor) or _by_levels(weight, implementation):
-            return uniform_api.supports_levels(implementation, scale=scale, tokens=tokens)
+            return uniform_api.supports_levels(implementation, scale=scale, columns=weight.shape[1], tokens=tokens)
         packed = isinstance(weight, CodebookTensor)
         vector, count = weight.vector if packed else (1, weight.dimension), weight.num_codebooks
         settings: dict[str, Any] = {"bits": weight.codes.bits if packed else weight.bits, "vector": vector}
-        settings |= {"count": count, "blocks": weight.blocks, "scale": scale, "tokens": tokens}
+        settings |= {
+            "count": count,
+            "blocks": weight.blocks,
+            "scale": scale,
+            "tokens": tokens,
+            "columns": weight.shape[1],
+        }
         return codebook_api.supports(implementation, **settings)
     return f"expected a uniform or codebook weight, got {weight.format}"
 

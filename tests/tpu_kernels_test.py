@@ -26,8 +26,7 @@ CASES = {
     "2x8, 4 tokens": (additive(40, 64), 4, 2e-4),
     "4x8, vectors of 4, column blocks": (additive(130, 64, 4, blocks=(1, 2), d=4), 1, 2e-4),
     "2x8 decoded": (additive(136, 136), 5, BOUND),
-    "4x8 decoded": (additive(20, 64, 4), 33, BOUND),
-    "1x8 decoded": (additive(300, 24, 1), 128, BOUND),
+    "1x8 decoded, 128 tokens": (additive(20, 64, 1), 128, BOUND),
     "uniform 4-bit": (uniform_tensor(136, 135, 4), 1, 2e-5),
     "uniform 3-bit symmetric": (uniform_tensor(513, 83, 3, zero=False), 3, 2e-5),
     "uniform 2-bit": (uniform_tensor(5, 520, 2), 1, 2e-5),
@@ -36,8 +35,7 @@ CASES = {
     "uniform 3-bit groups": (uniform_tensor(130, 192, 3, 32), 1, 2e-5),
     "uniform 8-bit groups": (uniform_tensor(130, 192, 8, 64), 1, 2e-5),
     "uniform 4-bit, 128 tokens": (uniform_tensor(40, 64, 4), 128, 2e-5),
-    "16 levels": (levels(200, 135, 4), 1, BOUND),
-    "16 levels unscaled, 20 tokens": (levels(130, 64, 4, scaled=False), 20, BOUND),
+    "16 levels": (levels(200, 135, 4, scaled=False), 1, BOUND),
     "8 levels": (levels(136, 70, 3), 1, 2e-5),
     "4 levels": (levels(12, 100, 2), 2, 2e-5),
 }
@@ -53,7 +51,7 @@ def test_kernels_equal_the_dense_product(name):
     assert relative(y, expected) < bound
 
 
-@pytest.mark.parametrize("name", ["2x8", "2x8 decoded", "uniform 3-bit groups", "16 levels"])
+@pytest.mark.parametrize("name", ["2x8", "uniform 3-bit groups"])
 def test_serving_layouts_change_nothing(name):
     weight, tokens, _ = CASES[name]
     x = jnp.asarray(np.random.default_rng(1).standard_normal((tokens, weight.shape[1])), jnp.float32)
@@ -113,6 +111,7 @@ def test_inputs_of_zero_give_zero():
         (additive(size=16), 1, "expected codes of 8 bits and codebooks for all rows, got 4 bits"),
         (additive(count=3), 5, "expected 1, 2 or 4 codebooks with vectors of 8 in one block beyond 4 tokens, got 3"),
         (uniform_tensor(), 129, "expected at most 128 tokens"),
+        (uniform_tensor(1, 2**16, 2), 100, "expected at most 53 tokens, got 100"),
         (uniform_tensor(n=30, group=10), 1, "expected groups of a multiple of 16 columns, got 10"),
     ],
 )

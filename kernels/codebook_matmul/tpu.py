@@ -8,7 +8,7 @@ are looked up and summed apart, as integers, so all rounding is that of the tabl
 `decode_matmul` looks up the two bytes of every bfloat16 weight and leaves the product to the matrix unit. Codebooks are
 not added up: each has columns of its own, against the same inputs. The work is nearly that of one token for all.
 
-Measured statically with libtpu's compiler for the shapes in experiments/results/tpu_static_cost, never run on a TPU.
+experiments/tpu_static_cost.py says what they cost by the compiler's schedule; they have not been run on a TPU yet.
 """
 
 import functools

@@ -5,7 +5,7 @@ and the 128 leaves the sum through the sums of the inputs. From a table of level
 sublanes, in tables of 8 entries of 32 bits. Of 16 levels an entry holds two, and the code's top bit chooses; of fewer
 an entry holds one, and as another number what rounding left of it.
 
-Measured statically with libtpu's compiler for the shapes in experiments/results/tpu_static_cost, never run on a TPU.
+experiments/tpu_static_cost.py says what they cost by the compiler's schedule; they have not been run on a TPU yet.
 """
 
 import functools
