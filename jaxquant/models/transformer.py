@@ -119,7 +119,8 @@ def project(config: ModelConfig, attn: Any, x: jax.Array, kind: str, start: jax.
 
 def attention(config: ModelConfig, attn: Any, x: jax.Array, kind: str) -> jax.Array:
     """Input of the output projection [batch, time, num_heads * head_dim] from x [batch, time, hidden_size]."""
-    return attend(config, *project(config, attn, x, kind), kind).reshape(*x.shape[:2], -1)
+    q, k, v = project(config, attn, x, kind)
+    return attend(config, q, k, v, kind).reshape(*x.shape[:2], -1)
 
 
 def attend_cached(config: ModelConfig, q: jax.Array, cache: Any, kind: str, start: jax.Array) -> jax.Array:

@@ -203,7 +203,7 @@ def _decode_table(codebooks: jax.Array) -> jax.Array:
 
 def _decode_order(count: int, slots: int) -> np.ndarray:
     """Columns of the weight in the order in which the kernel decodes them, [slots / 16, 128]; M = count."""
-    r, parity, j, half = np.ix_(np.arange(slots // 4), [0, 1], np.arange(8), [0, 1])
+    r, parity, j, half = np.ix_(np.arange(slots // 4), np.arange(2), np.arange(8), np.arange(2))
     return ((4 * r + 2 * half + parity) // count * 8 + j).reshape(-1, 128)
 
 
