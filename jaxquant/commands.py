@@ -194,7 +194,7 @@ def generate(args: Generate) -> None:
     for token in generation.generate(opened.model, params, prompt, count=args.tokens):
         ids.append(token)
         moments.append(time.perf_counter())
-    out.print(args.prompt + opened.tokenizer.decode(ids), highlight=False, markup=False)
+    out.print(args.prompt + opened.tokenizer.decode(ids), highlight=False, markup=False, soft_wrap=True)
     held = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e6
     packed = sum(map(is_quantized, trees.flatten(params).values()))
     out.print(f"weights {held:.1f} MB, {packed} layers read packed, {dtype}, {jax.devices()[0].device_kind}")
