@@ -206,7 +206,9 @@ def has_row_levels(tensor: CodebookTensor) -> bool:
 
 
 def _layout(tensor: QuantizedTensor, platform: str) -> QuantizedTensor:
-    """The layout for a platform, or the tensor itself where none would be faster than what it has."""
+    """The layout for a platform, or the tensor itself where no kernel would read it."""
+    if platform not in ("cpu", "tpu"):
+        return tensor
     if isinstance(tensor, CodebookTensor):
         additive = tensor.codes.bits == 8 and tensor.vector[0] == 1 and tensor.vector[1] >= 4
         if additive and tensor.blocks[0] == 1:
