@@ -1,4 +1,4 @@
-"""The command line: `jaxquant demo`, `quantize`, `tune`, `evaluate`, `inspect`, `plan` and `doctor`."""
+"""The command line: `jaxquant demo`, `quantize`, `tune`, `evaluate`, `generate`, `inspect`, `plan` and `doctor`."""
 
 import dataclasses
 import os
@@ -201,6 +201,30 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Generate:
+    """Continue a prompt, always with the likeliest token, and print the text and tokens per second.
+
+    Attributes:
+      model: see above.
+      prompt: text to continue.
+      tokens: most tokens to generate; an end-of-sequence token ends the text.
+      dense: make all weights dense first, to compare; by default only those that no kernel here can read packed.
+    """
+
+    model: Saved
+    _: dataclasses.KW_ONLY
+    prompt: str
+    tokens: int = 64
+    dense: bool = False
+
+    def run(self) -> None:
+        """Runs the command."""
+        from jaxquant import commands
+
+        commands.generate(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class Inspect:
     """List the layers of a model or of a result: shape, format, bits, error, damping, tokens.
 
@@ -252,6 +276,7 @@ Command = (
     | Annotated[Quantize, tyro.conf.subcommand("quantize")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]

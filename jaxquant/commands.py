@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import platform
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +14,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxquant import checkpoint, export, memory, trees
+from jaxquant import checkpoint, export, generation, memory, trees
 from jaxquant import evaluate as evaluation
-from jaxquant.cli import Evaluate, Inspect, Plan, Quantize, Tune
+from jaxquant.cli import Evaluate, Generate, Inspect, Plan, Quantize, Tune
 from jaxquant.data import CalibrationConfig, TokenSet, evaluation_tokens, load_tokens
 from jaxquant.finetune import FinetuneConfig
 from jaxquant.methods import Config
@@ -259,6 +260,28 @@ def evaluate(args: Evaluate) -> None:
     out.print(f"perplexity {p.value:.4f} ({how}; {data.provenance['source']})", highlight=False)
     if last.reference is not None:
         out.print(f"reference {last.reference.value:.4f}, KL {last.kl:.5f} nats per token", highlight=False)
+
+
+def generate(args: Generate) -> None:
+    """Prints a continuation as it is made, and how fast."""
+    out = console()
+    opened = open_model(args.model)
+    dtype = opened.params["embed"]["weight"].dtype
+    params = dense_tree(opened.params, dtype) if args.dense else generation.for_generation(opened.params)
+    params = jax.device_put(params)
+    prompt = opened.tokenizer.encode(args.prompt, add_bos=opened.tokenizer.bos_id is not None)
+    ids, moments = [], []
+    for token in generation.generate(opened.model, params, prompt, count=args.tokens):
+        ids.append(token)
+        moments.append(time.perf_counter())
+    out.print(args.prompt + opened.tokenizer.decode(ids), highlight=False, markup=False, soft_wrap=True)
+    held = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e6
+    packed = sum(map(is_quantized, trees.flatten(params).values()))
+    out.print(f"weights {held:.1f} MB, {packed} layers read packed, {dtype}, {jax.devices()[0].device_kind}")
+    # The first two tokens wait for compilation, one for the prompt and one for single tokens.
+    seconds = moments[-1] - moments[1] if len(moments) > 2 else 0.0
+    speed = f"{(len(moments) - 2) / seconds:.1f} tokens per second" if seconds else "too few for a speed"
+    out.print(f"prompt {len(prompt)} tokens, generated {len(ids)}: {speed} (batch 1, compilation left out)")
 
 
 def inspect(args: Inspect) -> None:

@@ -1,24 +1,215 @@
-"""Products with weights that may be quantized."""
+"""Products with weights that may be quantized.
+
+A product has up to four implementations. "reference" makes the weight dense and leaves the rest to XLA; "cpu", "tpu"
+and "gpu" are kernels that read the codes. Tensors made of parts are taken apart here, so kernels see one format at a
+time.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxquant.tensors import QuantizedTensor, dense
+from jaxquant.codebook_tensor import ColumnTensor
+from jaxquant.kernels.codebook_matmul import api as codebook_api
+from jaxquant.kernels.uniform_matmul import api as uniform_api
+from jaxquant.outliers import ColumnOutlierTensor
+from jaxquant.serving import (
+    LevelWordTensor,
+    LookupTensor,
+    ServingTensor,
+    UniformWordTensor,
+    has_row_levels,
+    lookup_tensor,
+    word_tensor,
+)
+from jaxquant.tensors import (
+    CodebookTensor,
+    ConcatTensor,
+    OutlierTensor,
+    QuantizedTensor,
+    UniformTensor,
+    dense,
+    unpack_order,
+)
+
+Implementation = Literal["reference", "cpu", "tpu", "gpu"]
 
 
-def matmul(x: jax.Array, weight: jax.Array | QuantizedTensor) -> jax.Array:
+def matmul(
+    x: jax.Array, weight: jax.Array | QuantizedTensor, implementation: Implementation | None = None
+) -> jax.Array:
     """Returns x @ weight.T.
 
     Args:
       x: float [..., in].
-      weight: [out, in], dense or quantized; it is cast to the dtype of `x`.
+      weight: [out, in], dense or quantized; where it is made dense, it is cast to the dtype of `x`.
+      implementation: "reference", or the kernels of "cpu", "tpu" or "gpu"; there is no falling back. By default the
+        kernel of the first device's platform if all of `weight` lies as that kernel reads it (see `serving.for_serving`)
+        and `supports` has no objection, otherwise "reference".
 
     Returns:
-      [..., out] in the dtype of `x`.
+      [..., out] in the dtype of `x`, differentiable in `x` and in the float fields of `weight`. Kernels have no
+      forward-mode derivative; their gradients are those of the reference.
 
     Raises:
-      ValueError: the inner sizes differ.
+      ValueError: the inner sizes differ, or the implementation does not support this product; the message says why.
     """
     if x.shape[-1] != weight.shape[-1]:
         raise ValueError(f"matmul: expected x [..., {weight.shape[-1]}] for a weight {weight.shape}, got {x.shape}")
+    tokens = x.size // max(1, x.shape[-1])
+    if implementation is None:
+        implementation = choose(weight, tokens=tokens)
+    elif reason := supports(weight, implementation, tokens=tokens):
+        raise ValueError(f'matmul: implementation "{implementation}": {reason}')
+    if implementation == "reference" or not isinstance(weight, QuantizedTensor):
+        return _reference(x, weight)
+    return _by_kernel(x, weight, implementation)
+
+
+def supports(weight: Any, implementation: str, *, tokens: int = 1) -> str | None:
+    """Says why an implementation cannot do a product.
+
+    Args:
+      weight: [out, in], dense or quantized; shapes and dtypes suffice.
+      implementation: as in `matmul`.
+      tokens: rows of `x`.
+
+    Returns:
+      None if it can, otherwise the reason. A kernel may run on another platform than its own where that can interpret
+      it, so platforms are no reason.
+    """
+    if implementation not in get_args(Implementation):
+        return f"expected one of {', '.join(get_args(Implementation))}"
+    if implementation == "reference":
+        return None
+    reasons = (_leaf_reason(leaf, implementation, tokens) for leaf in _leaves(weight))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def choose(weight: Any, *, tokens: int = 1) -> Implementation:
+    """The implementation that `matmul` uses where none is asked for."""
+    leaves = [leaf for leaf in _leaves(weight) if isinstance(leaf, QuantizedTensor)]
+    if leaves and all(isinstance(leaf, ServingTensor) for leaf in leaves):
+        for kernel in ("cpu", "tpu", "gpu"):
+            if kernel == jax.default_backend() and supports(weight, kernel, tokens=tokens) is None:
+                return kernel
+    return "reference"
+
+
+def _leaves(weight: Any) -> Iterator[Any]:
+    """The tensors of one format that a weight is made of."""
+    if isinstance(weight, ConcatTensor):
+        for part in weight.parts:
+            yield from _leaves(part)
+    elif isinstance(weight, (OutlierTensor, ColumnOutlierTensor, ColumnTensor)):
+        yield from _leaves(weight.base)
+    else:
+        yield weight
+
+
+def _leaf_reason(weight: Any, implementation: str, tokens: int) -> str | None:
+    if not isinstance(weight, QuantizedTensor):
+        return None  # a dense part needs no kernel
+    if isinstance(weight, (UniformTensor, UniformWordTensor)):
+        groups = weight.scale.shape[-1]
+        group = None if groups == 1 else weight.shape[1] // groups
+        return uniform_api.supports(
+            implementation, bits=weight.bits, group=group, columns=weight.shape[1], tokens=tokens
+        )
+    if isinstance(weight, (CodebookTensor, LookupTensor, LevelWordTensor)):
+        scale = None if weight.scale is None else weight.scale.shape
+        if isinstance(weight, LevelWordTensor) or _by_levels(weight, implementation):
+            return uniform_api.supports_levels(implementation, scale=scale, columns=weight.shape[1], tokens=tokens)
+        packed = isinstance(weight, CodebookTensor)
+        vector, count = weight.vector if packed else (1, weight.dimension), weight.num_codebooks
+        settings: dict[str, Any] = {"bits": weight.codes.bits if packed else weight.bits, "vector": vector}
+        settings |= {
+            "count": count,
+            "blocks": weight.blocks,
+            "scale": scale,
+            "tokens": tokens,
+            "columns": weight.shape[1],
+        }
+        return codebook_api.supports(implementation, **settings)
+    return f"expected a uniform or codebook weight, got {weight.format}"
+
+
+def _by_levels(weight: Any, implementation: str) -> bool:
+    """True where the kernel for levels per row is the one to use."""
+    return implementation == "tpu" and isinstance(weight, CodebookTensor) and has_row_levels(weight)
+
+
+def _reference(x: jax.Array, weight: Any) -> jax.Array:
     return jnp.einsum("...i,oi->...o", x, dense(weight).astype(x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _by_kernel(x: jax.Array, weight: Any, implementation: str) -> jax.Array:
+    y = _product(x.reshape(-1, x.shape[-1]), weight, implementation)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _by_kernel_forward(x: jax.Array, weight: Any, implementation: str) -> tuple[jax.Array, Any]:
+    return _by_kernel(x, weight, implementation), (x, weight)
+
+
+def _by_kernel_backward(implementation: str, saved: Any, gradient: jax.Array) -> tuple[Any, ...]:
+    del implementation
+    return jax.vjp(_reference, *saved)[1](gradient)
+
+
+_by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
+
+
+def _product(x: jax.Array, weight: Any, implementation: str) -> jax.Array:
+    """Returns x @ weight.T, float [tokens, out], for x [tokens, in]; sums over parts are float32."""
+    if isinstance(weight, ConcatTensor):
+        return _concat(x, weight, implementation)
+    if isinstance(weight, ColumnTensor):
+        x = x.astype(jnp.float32) if weight.order is None else x.astype(jnp.float32)[:, unpack_order(weight.order)]
+        return _product(x if weight.scale is None else x * weight.scale.dense()[None, :], weight.base, implementation)
+    if isinstance(weight, OutlierTensor):
+        base = _product(x, weight.base, implementation).astype(jnp.float32)
+        place = weight.positions()
+        row, column = place // np.int32(weight.shape[1]), place % np.int32(weight.shape[1])
+        return base.at[:, row].add(x.astype(jnp.float32)[:, column] * weight.values.astype(jnp.float32)[None, :])
+    if isinstance(weight, ColumnOutlierTensor):
+        base = _product(x, weight.base, implementation).astype(jnp.float32)
+        x = jnp.take(x.astype(jnp.float32), weight.columns.astype(jnp.int32), axis=1, mode="fill", fill_value=0)
+        return base + jnp.einsum("tk,ok->to", x, weight.values.astype(jnp.float32))
+    return _leaf(x, weight, implementation)
+
+
+def _concat(x: jax.Array, weight: ConcatTensor, implementation: str) -> jax.Array:
+    order = None if weight.order is None else unpack_order(weight.order)
+    if weight.axis == 0:
+        y = jnp.concatenate([_product(x, part, implementation).astype(jnp.float32) for part in weight.parts], axis=1)
+        return y if order is None else y[:, jnp.argsort(order)]
+    x = x if order is None else x[:, order]
+    y, start = jnp.zeros((), jnp.float32), 0
+    for part in weight.parts:
+        stop = start + part.shape[-1]
+        y = y + _product(x[:, start:stop], part, implementation).astype(jnp.float32)
+        start = stop
+    return y
+
+
+def _leaf(x: jax.Array, weight: Any, implementation: str) -> jax.Array:
+    if isinstance(weight, UniformTensor):
+        weight = word_tensor(weight)
+    if isinstance(weight, CodebookTensor):
+        weight = word_tensor(weight) if _by_levels(weight, implementation) else lookup_tensor(weight, implementation)
+    if isinstance(weight, UniformWordTensor):
+        zero = None if weight.zero is None else jnp.swapaxes(weight.zero.unpack(), -1, -2)
+        return uniform_api.uniform_matmul(x, weight.words, weight.scale, zero, bits=weight.bits)
+    if isinstance(weight, LevelWordTensor):
+        return uniform_api.level_matmul(x, weight.words, dense(weight.levels), weight.scale, bits=weight.bits)
+    if isinstance(weight, LookupTensor):
+        settings: dict[str, Any] = {"blocks": weight.blocks, "dimension": weight.dimension}
+        settings |= {"out": weight.rows, "implementation": implementation}
+        return codebook_api.codebook_matmul(x, weight.slots, dense(weight.codebooks), weight.scale, **settings)
+    return _reference(x, weight)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.kernels.codebook_matmul import reference as codebook
+from jaxquant.kernels.uniform_matmul import reference as uniform
 from jaxquant.packing import PackedArray, pack, saturate
 
 
@@ -101,13 +103,8 @@ class UniformTensor(QuantizedTensor):
 
     def dequantize(self) -> jax.Array:
         """Returns the dense weight, float32 [out, in]."""
-        codes = self.codes.unpack().astype(jnp.float32)
-        if self.zero is None:
-            zero = jnp.float32(2 ** (self.bits - 1))
-        else:
-            zero = jnp.swapaxes(self.zero.unpack(), -1, -2).astype(jnp.float32)[..., None]
-        grouped = codes.reshape(*self.scale.shape, self.group_size)
-        return ((grouped - zero) * self.scale.astype(jnp.float32)[..., None]).reshape(codes.shape)
+        zero = None if self.zero is None else jnp.swapaxes(self.zero.unpack(), -1, -2)
+        return uniform.decode(self.codes.unpack(), self.scale, zero, bits=self.bits)
 
     @property
     def format(self) -> str:
@@ -160,16 +157,8 @@ class CodebookTensor(QuantizedTensor):
 
     def dequantize(self) -> jax.Array:
         """Returns the dense weight, float32 [out, in]."""
-        count, rows, columns = self.codes.shape
-        block = (np.arange(rows) * self.blocks[0] // rows)[:, None] * self.blocks[1]
-        block = block + (np.arange(columns) * self.blocks[1] // columns)[None, :]
-        first = (block[None] * count + np.arange(count)[:, None, None]) * self.codebook_size
-        entries = dense(self.codebooks).astype(jnp.float32).reshape(-1, self.vector[0] * self.vector[1])
-        index = self.codes.unpack().astype(jnp.int32) + first.astype(np.int32)
-        vectors = jnp.take(entries, index, axis=0).sum(0)
-        if self.scale is not None:
-            vectors = vectors * self.scale.astype(jnp.float32)[..., None]
-        return vectors.reshape(rows, columns, *self.vector).swapaxes(1, 2).reshape(self.shape)
+        codes, codebooks = self.codes.unpack(), dense(self.codebooks)
+        return codebook.decode(codes, codebooks, self.scale, blocks=self.blocks, vector=self.vector)
 
     @property
     def format(self) -> str:

@@ -1,4 +1,4 @@
-"""What a model is: a hashable configuration and four pure functions over nested dicts of arrays.
+"""What a model is: a hashable configuration and a few pure functions over nested dicts of arrays.
 
 Nothing here knows a framework. `Model` is all that the quantization pipeline sees of a network, so a user's own
 network takes part by filling in these functions. Parameters follow one layout:
@@ -103,6 +103,9 @@ class Model(NamedTuple):
         element of `groups`, static) share; nothing behind it is computed.
       head: (params, hidden) -> logits f32 [batch, time, vocab_size]; final norm included.
       groups: paths of linear layers inside a block, in order of use, grouped by common input.
+      step: (block, hidden, kind, cache, start) -> (hidden, cache); `block` for the tokens from position `start` on,
+        given the keys and values of those before, {"k", "v": [batch, length, num_kv_heads, head_dim]}; None for a
+        network that does not generate text.
     """
 
     config: ModelConfig
@@ -111,6 +114,7 @@ class Model(NamedTuple):
     capture: Callable[[Any, jax.Array, str, tuple[str, ...]], jax.Array]
     head: Callable[[Any, jax.Array], jax.Array]
     groups: tuple[tuple[str, ...], ...] = GROUPS
+    step: Callable[[Any, jax.Array, str, Any, jax.Array], tuple[jax.Array, Any]] | None = None
 
     def forward(self, params: Any, tokens: jax.Array) -> jax.Array:
         """Logits f32 [batch, time, vocab_size] of int tokens [batch, time]."""

@@ -2,7 +2,7 @@
 
 One set of functions serves every architecture; what differs is in `ModelConfig`. The arithmetic, casts included,
 follows Hugging Face transformers (models/llama/modeling_llama.py, models/gemma3/modeling_gemma3.py), so logits agree.
-Activations keep the dtype of the embedding. Sequences are whole windows: positions start at 0 and there is no padding.
+Activations keep the dtype of the embedding. There is no padding; positions start at 0, but for `cached_block`.
 """
 
 import functools
@@ -42,6 +42,7 @@ def make_model(config: ModelConfig) -> Model:
         block=functools.partial(transformer_block, config),
         capture=functools.partial(capture, config),
         head=functools.partial(head, config),
+        step=functools.partial(cached_block, config),
     )
 
 
@@ -61,12 +62,14 @@ def rms_norm(config: ModelConfig, norm: Any, x: jax.Array) -> jax.Array:
     return weight.astype(x.dtype) * y.astype(x.dtype)
 
 
-def rotate(config: ModelConfig, x: jax.Array, kind: str) -> jax.Array:
-    """Rotary position embedding of x [batch, time, heads, head_dim], pairing i with i + head_dim / 2."""
+def rotate(config: ModelConfig, x: jax.Array, kind: str, start: jax.Array | None = None) -> jax.Array:
+    """Rotary position embedding of x [batch, time, heads, head_dim] from position start, pairing i with i + head_dim / 2."""
     rope = config.rope if kind == "full" else config.rope_sliding
     frequencies = rope.theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     frequencies = jnp.asarray(frequencies / np.asarray(rope.factors or 1.0), jnp.float32)
-    angles = jnp.outer(jnp.arange(x.shape[1], dtype=jnp.float32), frequencies)[None, :, None, :]
+    place = jnp.arange(x.shape[1], dtype=jnp.float32)
+    place = place if start is None else place + start.astype(jnp.float32)
+    angles = jnp.outer(place, frequencies)[None, :, None, :]
     left, right = jnp.split(x, 2, axis=-1)
     cos = jnp.broadcast_to(jnp.cos(angles).astype(x.dtype), left.shape)
     sin = jnp.broadcast_to(jnp.sin(angles).astype(x.dtype), left.shape)
@@ -105,14 +108,30 @@ def attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, kind: 
     return jax.lax.map(jax.checkpoint(lambda qkv: one(*qkv)), (q, k, v), batch_size=rows)
 
 
-def attention(config: ModelConfig, attn: Any, x: jax.Array, kind: str) -> jax.Array:
-    """Input of the output projection [batch, time, num_heads * head_dim] from x [batch, time, hidden_size]."""
+def project(config: ModelConfig, attn: Any, x: jax.Array, kind: str, start: jax.Array | None = None) -> Any:
+    """Rotated queries and keys, and values, each [batch, time, heads, head_dim], of x [batch, time, hidden_size]."""
     shape = (*x.shape[:2], -1, config.head_dim)
     q, k, v = (linear(attn[name], x).reshape(shape) for name in ("q", "k", "v"))
     if config.qk_norm:
         q, k = rms_norm(config, attn["q_norm"], q), rms_norm(config, attn["k_norm"], k)
-    out = attend(config, rotate(config, q, kind), rotate(config, k, kind), v, kind)
-    return out.reshape(*x.shape[:2], -1)
+    return rotate(config, q, kind, start), rotate(config, k, kind, start), v
+
+
+def attention(config: ModelConfig, attn: Any, x: jax.Array, kind: str) -> jax.Array:
+    """Input of the output projection [batch, time, num_heads * head_dim] from x [batch, time, hidden_size]."""
+    q, k, v = project(config, attn, x, kind)
+    return attend(config, q, k, v, kind).reshape(*x.shape[:2], -1)
+
+
+def attend_cached(config: ModelConfig, q: jax.Array, cache: Any, kind: str, start: jax.Array) -> jax.Array:
+    """Causal attention of the queries from position `start` on, [batch, time, num_heads, head_dim], to a cache."""
+    query = start + jnp.arange(q.shape[1])[:, None]
+    key = jnp.arange(cache["k"].shape[1])[None, :]
+    seen = key <= query
+    if kind == "sliding" and config.sliding_window is not None:
+        seen = seen & (key > query - config.sliding_window)
+    with jax.numpy_dtype_promotion("standard"):  # as in `attend`
+        return jax.nn.dot_product_attention(q, cache["k"], cache["v"], mask=seen[None, None], scale=config.query_scale)
 
 
 def add_attention(config: ModelConfig, block: Any, hidden: jax.Array, mixed: jax.Array) -> jax.Array:
@@ -129,9 +148,36 @@ def gated(config: ModelConfig, mlp: Any, x: jax.Array) -> jax.Array:
 def transformer_block(config: ModelConfig, block: Any, hidden: jax.Array, kind: str) -> jax.Array:
     """One transformer block; see `Model.block`."""
     mixed = attention(config, block["attn"], rms_norm(config, block["attn_norm"], hidden), kind)
-    hidden = add_attention(config, block, hidden, mixed)
+    return add_mlp(config, block, add_attention(config, block, hidden, mixed))
+
+
+def add_mlp(config: ModelConfig, block: Any, hidden: jax.Array) -> jax.Array:
+    """The residual stream after the MLP."""
     out = linear(block["mlp"]["down"], gated(config, block["mlp"], rms_norm(config, block["mlp_norm"], hidden)))
     return hidden + (rms_norm(config, block["post_mlp_norm"], out) if config.post_norms else out)
+
+
+def cached_block(
+    config: ModelConfig, block: Any, hidden: jax.Array, kind: str, cache: Any, start: jax.Array
+) -> tuple[jax.Array, Any]:
+    """One transformer block for the tokens from position `start` on; see `Model.step`.
+
+    Args:
+      config: of the model.
+      block: its parameters.
+      hidden: [batch, time, hidden_size].
+      kind: "full" or "sliding"; the cache has all positions for both.
+      cache: {"k", "v": [batch, length, num_kv_heads, head_dim]} in the dtype of `hidden`.
+      start: int32 scalar; start + time <= length, which is not checked.
+
+    Returns:
+      hidden after the block, and the cache with the keys and values of these tokens.
+    """
+    q, k, v = project(config, block["attn"], rms_norm(config, block["attn_norm"], hidden), kind, start)
+    at = (0, start, 0, 0)
+    cache = {name: jax.lax.dynamic_update_slice(cache[name], x, at) for name, x in (("k", k), ("v", v))}
+    mixed = attend_cached(config, q, cache, kind, start).reshape(*hidden.shape[:2], -1)
+    return add_mlp(config, block, add_attention(config, block, hidden, mixed)), cache
 
 
 def capture(config: ModelConfig, block: Any, hidden: jax.Array, kind: str, group: tuple[str, ...]) -> jax.Array:

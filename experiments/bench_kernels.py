@@ -1,0 +1,160 @@
+"""Times products with quantized weights: `python -m experiments.bench_kernels`. A row per measurement, as JSON.
+
+For each shape, batch and format: a dense product, making the weight dense and multiplying, and our kernel, with the time
+that reading the weight's bytes takes at the memory's bandwidth. Weights rotate through copies that together outgrow the
+caches, because a model's layers do; a figure is the median over passes through all copies, divided by their number.
+"""
+
+import dataclasses
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from experiments.run import commit
+from jaxquant import CodebookTensor, UniformTensor, matmul, pack
+from jaxquant.checkpoint import environment, write_json
+from jaxquant.ops import choose, supports
+from jaxquant.serving import for_serving
+from jaxquant.tensors import QuantizedTensor
+
+RESULTS = Path(__file__).parent / "results" / "kernels"
+SHAPES = ((4096, 4096), (4096, 14336), (8192, 28672))
+BANDWIDTH = {"NVIDIA H200": 4.3e12, "TPU v5 lite": 8.19e11, "TPU v6 lite": 1.64e12}  # bytes per second
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Time products with quantized weights.
+
+    Attributes:
+      shapes: K x N, inputs and outputs, such as 4096x4096.
+      batches: tokens.
+      formats: names of FORMATS.
+      cache: bytes that the copies of a weight must exceed together.
+      passes: timed passes.
+      bandwidth: bytes per second of the memory; by default that of known devices, else no floor is given.
+      results: folder for the result.
+    """
+
+    shapes: tuple[str, ...] = tuple(f"{k}x{n}" for k, n in SHAPES)
+    batches: tuple[int, ...] = (1, 4, 16, 64)
+    formats: tuple[str, ...] = ("2x8", "uniform 4-bit", "uniform 3-bit", "uniform 2-bit", "16 levels")
+    cache: int = 2**28
+    passes: int = 20
+    bandwidth: float | None = None
+    results: Path = RESULTS
+
+
+def additive(key: jax.Array, k: int, n: int) -> CodebookTensor:
+    """Random additive codes: two codebooks of 256 vectors of 8."""
+    codes = jax.random.bits(key, (2, n, k // 8), jnp.uint8)
+    books = jax.random.normal(key, (2, 256 * 8), jnp.float16)
+    return CodebookTensor(pack(codes, 8), books, jnp.ones((n, 1), jnp.float16), (1, 1), (1, 8))
+
+
+def uniform(bits: int, key: jax.Array, k: int, n: int) -> UniformTensor:
+    """Random codes on one grid per row."""
+    zero = jnp.full((1, n), 2 ** (bits - 1))
+    codes = pack(jax.random.bits(key, (n, k), jnp.uint8), bits)
+    return UniformTensor(codes, jnp.ones((n, 1), jnp.float16), pack(zero, bits))
+
+
+def levels(bits: int, key: jax.Array, k: int, n: int) -> CodebookTensor:
+    """Random codes and a random table of levels per row."""
+    table = jax.random.normal(key, (n, 2**bits), jnp.float16)
+    return CodebookTensor(pack(jax.random.bits(key, (1, n, k), jnp.uint8), bits), table, None, (n, 1), (1, 1))
+
+
+FORMATS: dict[str, Callable[..., QuantizedTensor]] = {
+    "2x8": additive,
+    "uniform 4-bit": functools.partial(uniform, 4),
+    "uniform 3-bit": functools.partial(uniform, 3),
+    "uniform 2-bit": functools.partial(uniform, 2),
+    "16 levels": functools.partial(levels, 4),
+}
+
+
+def microseconds(function: Callable[..., Any], x: jax.Array, weights: list[Any], passes: int) -> float:
+    """Median time of one call over passes through all weights."""
+    compiled = jax.jit(function)
+    jax.block_until_ready([compiled(x, weight) for weight in weights])
+    times = []
+    for _ in range(passes):
+        began = time.perf_counter()
+        jax.block_until_ready([compiled(x, weight) for weight in weights])
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) / len(weights) * 1e6
+
+
+def rows(args: Arguments) -> Iterator[dict[str, Any]]:
+    """Measures and yields a row per shape, batch, format and implementation."""
+    device, platform = jax.devices()[0].device_kind, jax.default_backend()
+    dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
+    bandwidth = args.bandwidth or BANDWIDTH.get(device)
+    for shape in args.shapes:
+        k, n = map(int, shape.split("x"))
+        for name in args.formats:
+            make = jax.jit(lambda key, make=FORMATS[name], k=k, n=n: for_serving(make(key, k, n)))
+            held = jax.eval_shape(make, jax.random.key(0)).storage_bits() // 8
+            packed = [make(jax.random.key(i)) for i in range(_copies(args.cache, held))]
+            dense = [
+                jax.random.normal(jax.random.key(i), (n, k), dtype)
+                for i in range(_copies(args.cache, k * n * jnp.dtype(dtype).itemsize))
+            ]
+            for batch in args.batches:
+                x = jnp.asarray(np.random.default_rng(0).standard_normal((batch, k)), dtype)
+                cases: dict[str, tuple[Any, list[Any]]] = {"dense": (None, dense), "reference": ("reference", packed)}
+                kernel = platform if supports(packed[0], platform, tokens=batch) is None else None
+                if kernel is not None:
+                    cases[kernel] = (kernel, packed)
+                for implementation, (chosen, weights) in cases.items():
+                    function = functools.partial(matmul, implementation=chosen)
+                    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights[0]))
+                    yield {
+                        "format": name,
+                        "k": k,
+                        "n": n,
+                        "batch": batch,
+                        "implementation": implementation,
+                        "default": implementation == choose(packed[0], tokens=batch),
+                        "microseconds": microseconds(function, x, weights, args.passes),
+                        "floor_microseconds": None if bandwidth is None else size / bandwidth * 1e6,
+                        "bytes": size,
+                        "dtype": x.dtype.name,
+                    }
+
+
+def _copies(cache: int, size: int) -> int:
+    return max(2, -(-cache // size))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures, prints and stores."""
+    args = tyro.cli(Arguments, args=arguments)
+    if unknown := set(args.formats) - set(FORMATS):
+        print(f"error: formats: expected some of {', '.join(FORMATS)}, got {sorted(unknown)}", file=sys.stderr)
+        return 1
+    measured = []
+    for row in rows(args):
+        measured.append(row)
+        floor = "" if row["floor_microseconds"] is None else f"   floor {row['floor_microseconds']:.1f} us"
+        what = f"{row['format']:14} {row['k']} x {row['n']} batch {row['batch']:3} {row['implementation']:10}"
+        print(f"{what} {row['microseconds']:10.1f} us{floor}", flush=True)
+    result = {"environment": environment(), "commit": commit(), "rows": measured}
+    name = jax.devices()[0].device_kind.replace(" ", "_").replace("/", "_")
+    args.results.mkdir(parents=True, exist_ok=True)
+    write_json(args.results / f"{name}.json", result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

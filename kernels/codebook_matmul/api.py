@@ -1,0 +1,97 @@
+"""Products with additive codes in slots: which implementation can do which, and calling it."""
+
+from typing import Any
+
+import jax
+
+# Beyond these the tables cost more than they save.
+CPU_TOKENS, TPU_TABLE_TOKENS, TPU_TOKENS = 4, 4, 128
+# Decoding holds all inputs in a TPU's fast memory, once per codebook: tokens * in * M.
+TPU_INPUTS = 3_500_000
+
+
+def supports(
+    implementation: str,
+    *,
+    bits: int,
+    count: int,
+    vector: tuple[int, int],
+    blocks: tuple[int, int],
+    scale: tuple[int, ...] | None,
+    columns: int,
+    tokens: int,
+) -> str | None:
+    """Says why an implementation cannot do a product.
+
+    Args:
+      implementation: "cpu", "tpu" or "gpu".
+      bits: width of a code.
+      count: M, codebooks that are added up.
+      vector: (g, d), rows and columns of an entry.
+      blocks: (R, C).
+      scale: shape of the scale, or None.
+      columns: of the weight.
+      tokens: rows of x.
+
+    Returns:
+      None if it can, otherwise the reason.
+    """
+    if implementation == "gpu":
+        return "there is no GPU kernel yet"
+    if bits > 8:
+        return f"expected codes of at most 8 bits, got {bits}"
+    if vector[0] != 1:
+        return f"expected entries of one row, got {vector[0]} x {vector[1]}"
+    if scale is not None and min(scale) > 1:
+        return f"expected scales of rows or of columns, got scales {scale[0]} x {scale[1]}"
+    most = CPU_TOKENS if implementation == "cpu" else TPU_TOKENS
+    if tokens > most:
+        return f"expected at most {most} tokens, got {tokens}; make the weight dense for many tokens"
+    if implementation == "cpu":
+        return None
+    if (bits, blocks[0]) != (8, 1):
+        return f"expected codes of 8 bits and codebooks for all rows, got {bits} bits, {blocks[0]} row blocks"
+    if tokens <= TPU_TABLE_TOKENS:
+        return None
+    if (vector[1], blocks[1]) != (8, 1) or count not in (1, 2, 4):
+        return (
+            f"expected 1, 2 or 4 codebooks with vectors of 8 in one block beyond {TPU_TABLE_TOKENS} tokens, "
+            f"got {count} with vectors of {vector[1]} in {blocks[1]} blocks"
+        )
+    if tokens * columns * count > TPU_INPUTS:
+        return f"expected at most {TPU_INPUTS // (columns * count)} tokens of {columns} inputs, got {tokens}"
+    return None
+
+
+def codebook_matmul(
+    x: jax.Array,
+    slots: jax.Array,
+    codebooks: jax.Array,
+    scale: jax.Array | None,
+    *,
+    blocks: tuple[int, int],
+    dimension: int,
+    out: int,
+    implementation: str,
+) -> jax.Array:
+    """Returns x @ W.T, float32 [tokens, out].
+
+    Args:
+      x: float [tokens, in].
+      slots: uint8 [in / d * M, out or more], see `layout`.
+      codebooks: float [R * C * M, K * d].
+      scale: float [out or 1, 1] or [1, in / d], or None.
+      blocks: (R, C).
+      dimension: d.
+      out: outputs without padding.
+      implementation: "cpu" or "tpu", one that `supports` has no objection to.
+    """
+    settings: dict[str, Any] = {"blocks": blocks, "dimension": dimension, "out": out}
+    if implementation == "cpu":
+        from jaxquant.kernels.codebook_matmul.cpu import lookup_matmul
+
+        return lookup_matmul(x, slots, codebooks, scale, **settings)
+    from jaxquant.kernels.codebook_matmul import tpu
+
+    product = tpu.lookup_matmul if len(x) <= TPU_TABLE_TOKENS else tpu.decode_matmul
+    return product(x, slots, codebooks, scale, **settings)

@@ -1,0 +1,55 @@
+"""How additive codes lie for the kernels, and the table that they look up.
+
+A product with a weight of codebook entries is a sum of partial products: y[o] = sum_s T[s, codes[s, o]] over the slots
+s = (group j, codebook m), with T[(j, m), k] = x_j . C_m[k]. The table costs K / out of the dense product and is built
+once per token; then a lookup and an addition stand for the d multiplications of a group. A slot's table serves all
+outputs, so kernels read codes [slots, out]. Group before codebook is the order in which the table is computed.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def to_slots(codes: jax.Array) -> jax.Array:
+    """Codes [M, out, in / d] of up to 8 bits as uint8 [in / d * M, out]."""
+    count, out, groups = codes.shape
+    return jnp.transpose(codes, (2, 0, 1)).reshape(groups * count, out).astype(jnp.uint8)
+
+
+def from_slots(slots: jax.Array, count: int) -> jax.Array:
+    """Inverse of `to_slots` with M = count: uint8 [M, out, in / d]."""
+    return jnp.transpose(slots.reshape(-1, count, slots.shape[-1]), (1, 2, 0))
+
+
+def partial_products(
+    x: jax.Array, codebooks: jax.Array, column_scale: jax.Array | None, *, blocks: tuple[int, int], dimension: int
+) -> jax.Array:
+    """The table of products of input groups with codebook entries.
+
+    Args:
+      x: float [tokens, in].
+      codebooks: float [R * C * M, K * d].
+      column_scale: float [in / d], or None for ones.
+      blocks: (R, C).
+      dimension: d.
+
+    Returns:
+      float32 [R, in / d * M, tokens, K].
+    """
+    (r, c), tokens = blocks, len(x)
+    books = codebooks.astype(jnp.float32).reshape(r, c, len(codebooks) // (r * c), -1, dimension)
+    groups = x.astype(jnp.float32).reshape(tokens, c, -1, dimension)
+    if column_scale is not None:
+        groups = groups * column_scale.astype(jnp.float32).reshape(1, c, -1, 1)
+    # In this order one token's table needs no transposition.
+    table = jnp.einsum("tcgj,rcmkj->ctgrmk", groups, books, precision="highest")
+    return jnp.transpose(table, (3, 0, 2, 4, 1, 5)).reshape(r, -1, tokens, books.shape[3])
+
+
+def split_scale(scale: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
+    """A scale [out or 1, in / d or 1] as one of rows [out or 1] and one of groups [in / d], either None for ones."""
+    if scale is None:
+        return None, None
+    if scale.shape[1] == 1:
+        return scale[:, 0], None
+    return None, scale[0]
