@@ -10,8 +10,10 @@ from jaxquant.methods import (
     GPTQConfig,
     GPTVQConfig,
     LNQConfig,
+    OutlierQuantEaseConfig,
     QuantEaseConfig,
     RTNConfig,
+    TrellisConfig,
 )
 from jaxquant.recode import CodeConfig
 from jaxquant.training import TrainConfig
@@ -25,10 +27,25 @@ class Layers:
 
 
 @dataclasses.dataclass(frozen=True)
+class Allocated:
+    """Each layer gets the width that it deserves, see `jaxquant.sensitivity`.
+
+    Attributes:
+      config: settings whose `plan.variants` the allocation chooses from.
+      average_bits: of all layers together.
+      sequences: calibration windows on which costs are measured.
+    """
+
+    config: Config
+    average_bits: float
+    sequences: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
 class WholeModel:
     """A whole model, quantized block by block, then perplexity and KL on a text."""
 
-    methods: dict[str, Config | None]
+    methods: dict[str, Config | Allocated | None]
     sequences: int = 128
     length: int = 2048
     batch_size: int = 8
@@ -36,11 +53,10 @@ class WholeModel:
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Seconds for one layer of Gaussian weights, inputs with a spectrum from 1 to 1e-4, after warm-up."""
+    """Seconds for square layers of Gaussian weights, inputs with a spectrum from 1 to 1e-4, after warm-up."""
 
     methods: dict[str, Config]
-    out: int = 4096
-    columns: int = 4096
+    sizes: tuple[int, ...] = (4096,)
     tokens: int = 16384
 
 
@@ -71,27 +87,47 @@ class Tuning:
     batch_size: int = 8
 
 
-def _named(*configs: tuple[str, Config]) -> dict[str, Config]:
-    return dict(configs)
+def _uniform(bits: int) -> dict[str, Config]:
+    return {
+        f"rtn {bits}-bit paper": RTNConfig(bits, search="mse"),
+        f"gptq {bits}-bit paper": GPTQConfig.paper(bits),
+        f"gptq {bits}-bit paper, mse grid": GPTQConfig.paper(bits, search="mse"),
+        f"quantease {bits}-bit paper": QuantEaseConfig.paper(bits),
+        f"quantease {bits}-bit paper, mse grid": QuantEaseConfig.paper(bits, search="mse"),
+        f"rtn {bits}-bit": RTNConfig(bits),
+        f"gptq {bits}-bit": GPTQConfig(bits),
+        f"quantease {bits}-bit": QuantEaseConfig(bits),
+        f"quantease {bits}-bit outliers": OutlierQuantEaseConfig(bits, outliers=0.01),
+        f"quantease {bits}-bit outlier columns": OutlierQuantEaseConfig(bits, outliers=0.01, structured=True),
+        f"lnq {bits}-bit": LNQConfig(bits),
+    }
 
+
+_FRACTIONS = (2.0, 2.25, 2.5, 2.75, 3.0, 3.5)
+_MIXED = {
+    **{f"cmpq {b} bits": CMPQConfig(b) for b in (*_FRACTIONS, 2.06, 3.06, 4.06)},
+    **{f"cmpq paper {b} bits": CMPQConfig.paper(b) for b in _FRACTIONS},
+    **{f"trellis {b} bits": TrellisConfig(b) for b in (2.0, 2.06, 2.5, 3.06, 4.06)},
+}
+_VECTORS = {
+    **{f"gptvq {d}D {b}-bit": GPTVQConfig(b, d) for b, d in ((2, 1), (2, 2), (2, 4), (3, 2))},
+    **{f"gptvq paper {d}D {b}-bit": GPTVQConfig.paper(b, d) for b, d in ((2, 1), (2, 2), (2, 4), (3, 2))},
+    **{f"aqlm {m}x8 g8": AQLMConfig(m) for m in (2, 3)},
+    **{f"aqlm paper {m}x8 g8 beam {k}": AQLMConfig.paper(m, beam_size=k) for m in (2, 3) for k in (1, 8)},
+}
+_SPEED: dict[str, Config] = {
+    "gptq 3-bit": GPTQConfig(3),
+    "quantease 3-bit": QuantEaseConfig(3),
+    "lnq 3-bit": LNQConfig(3),
+    "cmpq 3.0 bits": CMPQConfig(3.0),
+    "trellis 3.0 bits": TrellisConfig(3.0),
+    "gptvq 2D 2-bit": GPTVQConfig(2, 2),
+    "gptvq 4D 2-bit": GPTVQConfig(2, 4),
+    "aqlm 2x8 g8 beam 1": AQLMConfig(beam_size=1),
+}
 
 EXPERIMENTS: dict[str, Layers | WholeModel | Speed | Tuning] = {
-    "layers": Layers(
-        {
-            name: config
-            for bits in (2, 3, 4)
-            for name, config in _named(
-                (f"rtn {bits}-bit paper", RTNConfig(bits, search="mse")),
-                (f"gptq {bits}-bit paper", GPTQConfig.paper(bits)),
-                (f"gptq {bits}-bit paper, mse grid", GPTQConfig.paper(bits, search="mse")),
-                (f"quantease {bits}-bit paper", QuantEaseConfig.paper(bits)),
-                (f"quantease {bits}-bit paper, mse grid", QuantEaseConfig.paper(bits, search="mse")),
-                (f"rtn {bits}-bit", RTNConfig(bits)),
-                (f"gptq {bits}-bit", GPTQConfig(bits)),
-                (f"quantease {bits}-bit", QuantEaseConfig(bits)),
-            ).items()
-        }
-    ),
+    "layers": Layers({**_uniform(2), **_uniform(3), **_uniform(4), **_MIXED, **_VECTORS}),
     "smollm2": WholeModel(
         {
             "dense": None,
@@ -107,6 +143,9 @@ EXPERIMENTS: dict[str, Layers | WholeModel | Speed | Tuning] = {
             "cmpq 3.06 bits": CMPQConfig(3.06),
             "cmpq 2.56 bits": CMPQConfig(2.56),
             "cmpq 4.06 bits": CMPQConfig(4.06),
+            "cmpq 3.0 bits": CMPQConfig(3.0),
+            "cmpq 3.0 bits over layers": Allocated(CMPQConfig(), 3.0),
+            **{f"trellis {b} bits": TrellisConfig(b) for b in (2.06, 2.56, 3.06, 4.06)},
             "gptvq 2D 3-bit": GPTVQConfig(3, 2),
             "aqlm 2x8 g8": AQLMConfig(),
             "lnq 3-bit": LNQConfig(3),
@@ -114,23 +153,17 @@ EXPERIMENTS: dict[str, Layers | WholeModel | Speed | Tuning] = {
     ),
     "tuning": Tuning(
         {
-            "2-bit": AQLMConfig(),
-            "2.5-bit": CMPQConfig(2.5),
-            "3-bit": CMPQConfig(3.0),
+            "aqlm 2-bit": AQLMConfig(),
+            "trellis 2-bit": TrellisConfig(2.1),
+            "trellis 2.5-bit": TrellisConfig(2.5),
+            "trellis 3-bit": TrellisConfig(3.0),
         },
         block=FinetuneConfig(TrainConfig(4e-3, epochs=10, batch_size=8, micro_batch=4)),
         distill=TrainConfig(1e-3, epochs=4, batch_size=8, micro_batch=2, chunks=8),
         pv=TrainConfig(5e-4, epochs=4, batch_size=8, micro_batch=2, chunks=8),
     ),
-    "speed": Speed(
-        {
-            "gptq 3-bit": GPTQConfig(3),
-            "quantease 3-bit": QuantEaseConfig(3),
-            "lnq 3-bit": LNQConfig(3),
-            "cmpq 3.0 bits": CMPQConfig(3.0),
-            "gptvq 2D 2-bit": GPTVQConfig(2, 2),
-            "gptvq 4D 2-bit": GPTVQConfig(2, 4),
-            "aqlm 2x8 g8 beam 1": AQLMConfig(beam_size=1),
-        }
+    "speed": Speed({**_SPEED, "aqlm 1x16 g8": AQLMConfig(1, 16, beam_size=1)}),
+    "scaling": Speed(
+        {**_SPEED, **{f"aqlm 1x{b} g8": AQLMConfig(1, b, beam_size=1) for b in (8, 10, 12)}}, (1024, 2048, 4096, 8192)
     ),
 }

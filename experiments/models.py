@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from experiments.configs import Allocated
 from jaxquant import Rule, dense_tree, resolve
-from jaxquant.checkpoint import hash_params
+from jaxquant.checkpoint import describe_config, hash_params
 from jaxquant.commands import default_bos
 from jaxquant.data import CalibrationConfig, evaluation_tokens, load_tokens
 from jaxquant.evaluate import evaluate
@@ -18,8 +19,9 @@ from jaxquant.methods import Config
 from jaxquant.models.base import Model
 from jaxquant.models.load import load_model
 from jaxquant.pipeline import LayerReport, quantize_blocks
-from jaxquant.plan import linear_paths
+from jaxquant.plan import linear_paths, variants
 from jaxquant.progress import track
+from jaxquant.sensitivity import allocate_layers, layer_costs
 from jaxquant.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -58,12 +60,38 @@ def open_task(
     return Task(loaded.model, loaded.params, tokenizer, tokens.tokens, windows.tokens, about)
 
 
+def describe(config: Config | Allocated | None) -> dict[str, Any] | None:
+    """Settings ready for JSON."""
+    if isinstance(config, Allocated):
+        return {**dataclasses.asdict(config), "config": describe_config(config.config), "method": "allocated"}
+    return describe_config(config)
+
+
+def _allocate(task: Task, chosen: Allocated, name: str, batch_size: int, key: jax.Array) -> dict[str, Config]:
+    """The settings of every layer."""
+    configs, tokens = variants(chosen.config), task.tokens[: chosen.sequences]
+    results = layer_costs(task.model, task.params, tokens, configs, key=key, batch_size=batch_size)
+    costs = {r.index: r.costs for r in track(results, f"costs {name}", total=len(task.params["blocks"]))}
+    in_order = {path: options for index in sorted(costs) for path, options in costs[index].items()}
+    return allocate_layers(in_order, task.params, configs, chosen.average_bits)
+
+
 def quantize(
-    task: Task, config: Config, name: str, batch_size: int, *, seed: int = 0, finetune: FinetuneConfig | None = None
+    task: Task,
+    config: Config | Allocated,
+    name: str,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    finetune: FinetuneConfig | None = None,
 ) -> tuple[Any, list[LayerReport]]:
     """Returns the parameters with all linear layers quantized, and a report for each."""
-    plan = resolve([Rule(".*", config)], linear_paths(task.model, task.params))
-    options: dict[str, Any] = {"key": jax.random.key(seed), "batch_size": batch_size, "finetune": finetune}
+    key = jax.random.key(seed)
+    if isinstance(config, Allocated):
+        plan = _allocate(task, config, name, batch_size, key)
+    else:
+        plan = resolve([Rule(".*", config)], linear_paths(task.model, task.params))
+    options: dict[str, Any] = {"key": key, "batch_size": batch_size, "finetune": finetune}
     blocks, reports = list(task.params["blocks"]), []
     results = quantize_blocks(task.model, task.params, task.tokens, plan, **options)
     for result in track(results, name, total=len(blocks)):

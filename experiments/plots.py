@@ -74,7 +74,7 @@ PLOTS: dict[str, Callable[[list[Result]], Any]] = {
     "layers": layers,
     "pareto": whole_model,
     "smollm2": whole_model,
-    "speed": speed,
+    "scaling": speed,
 }
 
 

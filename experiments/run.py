@@ -128,42 +128,51 @@ def run_model(args: Arguments, experiment: WholeModel) -> None:
             seconds = time.perf_counter() - began  # compilation included
             return {**models.evaluation(task, params, reports, name), "seconds": seconds}
 
-        stored(args, {**task.about, "method": name, "config": describe_config(config)}, measure)
+        stored(args, {**task.about, "method": name, "config": models.describe(config)}, measure)
 
 
-def run_speed(args: Arguments, experiment: Speed) -> None:
-    """Times methods on one layer: the median of up to three runs after one that compiles."""
+def square_problem(n: int, tokens: int) -> LayerProblem:
+    """Gaussian weights [n, n], and inputs whose second moments have eigenvalues from 1 to 1e-4 in random directions."""
     rng = np.random.default_rng(0)
-    n = experiment.columns
-    weight = jnp.asarray(rng.standard_normal((experiment.out, n)), jnp.float32)
+    weight = jnp.asarray(rng.standard_normal((n, n)), jnp.float32)
     with jax.default_matmul_precision("highest"):
         mix = jnp.linalg.qr(jnp.asarray(rng.standard_normal((n, n)), jnp.float32))[0]
         mix = mix * jnp.sqrt(jnp.geomspace(1, 1e-4, n, dtype=jnp.float32))[None, :]
-        x = jnp.asarray(rng.standard_normal((experiment.tokens, n)), jnp.float32) @ mix.T
-        hessian = x.T @ x / experiment.tokens
-    problem = LayerProblem(weight, hessian)
-    shape = {"out": experiment.out, "columns": n, "tokens": experiment.tokens}
-    for name, config in experiment.methods.items():
-        if args.only not in name:
-            continue
+        x = jnp.asarray(rng.standard_normal((tokens, n)), jnp.float32) @ mix.T
+        return LayerProblem(weight, x.T @ x / tokens)
 
-        def measure(config=config):
-            times = []
-            for _ in range(4):
-                if len(times) > 1 and times[-1] > 5:
-                    break  # slow enough for one run to tell
+
+def run_speed(args: Arguments, experiment: Speed) -> None:
+    """Times methods on layers: the median of up to three runs after one that warms up, and the memory they need."""
+    for n in experiment.sizes:
+        problem = square_problem(n, experiment.tokens)
+        for name, config in experiment.methods.items():
+            if args.only not in name:
+                continue
+
+            def measure(problem=problem, config=config):
+                key, times = jax.random.key(0), []
                 began = time.perf_counter()
-                tensor = jax.block_until_ready(METHODS[type(config)](problem, config, key=jax.random.key(0)))
-                times.append(time.perf_counter() - began)
-            return {
-                "seconds": float(np.median(times[1:])),
-                "first_seconds": times[0],
-                "bits_per_weight": bits_per_weight(tensor),
-                "relative_error": float(relative_error(problem, tensor)),
-            }
+                solve = METHODS[type(config)].lower(problem, config, key=key).compile()
+                compiling = time.perf_counter() - began
+                memory = solve.memory_analysis()
+                for _ in range(4):
+                    if len(times) > 1 and times[-1] > 5:
+                        break  # slow enough for one run to tell
+                    began = time.perf_counter()
+                    tensor = jax.block_until_ready(solve(problem, key=key))
+                    times.append(time.perf_counter() - began)
+                return {
+                    "seconds": float(np.median(times[1:])),
+                    "compile_seconds": compiling,
+                    "peak_bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes,
+                    "bits_per_weight": bits_per_weight(tensor),
+                    "relative_error": float(relative_error(problem, tensor)),
+                }
 
-        settings = {**shape, "method": name, "config": describe_config(config), "device": environment()["device"]}
-        stored(args, settings, measure)
+            shape = {"out": n, "columns": n, "tokens": experiment.tokens}
+            settings = {**shape, "method": name, "config": describe_config(config), "device": environment()["device"]}
+            stored(args, settings, measure)
 
 
 def main() -> int:

@@ -1,6 +1,10 @@
-"""Print every table of the documentation from the stored results: `python -m experiments.tables [NAME ...]`."""
+"""Print every table of the documentation from the stored results: `python -m experiments.tables [NAME ...]`.
+
+`python -m experiments.tables --write README.md` puts them between `<!-- table NAME -->` and `<!-- end -->`.
+"""
 
 import json
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,7 +27,16 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def layers(results: list[Result]) -> str:
-    """Methods down, problems across: relative error @bits (excess bits)."""
+    """Our settings: methods down, problems across; relative error @bits (excess bits)."""
+    return _layers([r for r in results if "paper" not in r["method"]])
+
+
+def layers_paper(results: list[Result]) -> str:
+    """The authors' settings, likewise."""
+    return _layers([r for r in results if "paper" in r["method"]])
+
+
+def _layers(results: list[Result]) -> str:
     problems = sorted({r["model"] for r in results})
     methods = list(dict.fromkeys(r["method"] for r in sorted(results, key=_by_bits)))
     cell = {
@@ -87,25 +100,46 @@ def speed(results: list[Result]) -> str:
 
 
 def _by_bits(result: Result) -> tuple[Any, ...]:
-    return (result["config"].get("bits", 0), result["method"])
+    return (round(result["bits_per_weight"]), result["method"])
 
 
 TABLES: dict[str, Callable[[list[Result]], str]] = {
     "layers": layers,
+    "layers paper": layers_paper,
     "smollm2": whole_model,
     "pareto": whole_model,
     "speed": speed,
+    "scaling": speed,
     "tuning": tuning,
 }
 
 
-def main(names: list[str]) -> int:
-    """Prints the named tables, or all."""
-    for name in names or TABLES:
+def table(name: str) -> str:
+    """A table of the documentation; the first word of its name is that of the experiment."""
+    return TABLES[name](load(name.split()[0]))
+
+
+def written(text: str) -> str:
+    """Returns a document with the tables between its markers brought up to date."""
+
+    def replace(match: re.Match[str]) -> str:
+        return f"<!-- table {match[1]} -->\n\n{table(match[1])}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table ([\w ]+?) -->.*?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the named tables, or all that have results; or writes them into a document."""
+    if arguments[:1] == ["--write"] and len(arguments) == 2:
+        document = Path(arguments[1])
+        document.write_text(written(document.read_text(encoding="utf-8")), encoding="utf-8")
+        return 0
+    for name in arguments or TABLES:
         if name not in TABLES:
-            print(f"error: expected names among {', '.join(TABLES)}, got {name!r}", file=sys.stderr)
+            print(f"error: expected names among {', '.join(TABLES)}, or --write FILE, got {name!r}", file=sys.stderr)
             return 1
-        print(f"## {name}\n\n{TABLES[name](load(name))}\n")
+        if arguments or load(name.split()[0]):
+            print(f"## {name}\n\n{table(name)}\n")
     return 0
 
 

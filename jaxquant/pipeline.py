@@ -1,25 +1,24 @@
 """Quantize a model block by block, each on inputs that went through the blocks already quantized."""
 
 import dataclasses
-import functools
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant import linalg, ratedistortion, stats, stream, trees
+from jaxquant import ratedistortion, stats, stream, trees
 from jaxquant.finetune import FinetuneConfig, TuneReport
 from jaxquant.methods import METHODS, Config
-from jaxquant.models.base import Model, run_block
-from jaxquant.problem import LayerProblem, dead_columns, relative_error, revive
+from jaxquant.models.base import Model
+from jaxquant.problem import LayerProblem, dead_columns, relative_error
 from jaxquant.tensors import QuantizedTensor, bits_per_weight
 from jaxquant.training import split
+from jaxquant.warmup import compile_ahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,19 +59,6 @@ class BlockResult(NamedTuple):
     tuning: TuneReport | None = None
 
 
-@functools.partial(jax.jit, static_argnames="damp")
-@jax.default_matmul_precision("highest")
-def _damping_used(hessian: jax.Array, damp: float) -> jax.Array:
-    weight = jnp.zeros((1, len(hessian)), hessian.dtype)
-    return linalg.upper_factor(revive(LayerProblem(weight, hessian)).hessian, damp)[1]
-
-
-def damping_used(hessian: jax.Array, config: Config | None) -> float | None:
-    """Returns the damping with which a method factors `hessian`, relative to mean(diag H); None if it does not."""
-    damp = getattr(config, "damp", None)
-    return None if damp is None else float(_damping_used(hessian, damp))
-
-
 def layer_key(key: jax.Array, path: str) -> jax.Array:
     """Returns a key that depends on the layer's path alone, not on the order of the work: resuming changes nothing."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
@@ -98,7 +84,7 @@ def quantize_layer(
       config: settings; their type names the method.
       key: of the whole run.
       tokens: tokens behind the hessian, for the report.
-      damp: what `damping_used` says of this hessian and config, if that is known already.
+      damp: what `stats.damping_used` says of this hessian and config, if that is known already.
       eigenvalues: what `ratedistortion.spectrum` says of this hessian, if that is known already.
 
     Returns:
@@ -131,7 +117,7 @@ def quantize_layer(
         bits=tensor.storage_bits(),
         relative_error=error,
         excess_bits=bits_per_weight(tensor) - float(ratedistortion.rate_at_error(problem, error, eigenvalues)),
-        damp=damping_used(hessian, config) if damp is None else damp,
+        damp=stats.damping_used(hessian, config) if damp is None else damp,
         dead=int(dead_columns(hessian).sum()),
         tokens=tokens,
         seconds=time.perf_counter() - began,
@@ -172,7 +158,7 @@ def _quantize_block(
                 continue
             assert hessian is not None
             if config not in damps:
-                damps[config] = damping_used(hessian, config)
+                damps[config] = stats.damping_used(hessian, config)
             tensor, report = quantize_layer(
                 prefix + name,
                 weight,
@@ -187,57 +173,6 @@ def _quantize_block(
             passes = trees.replace(passes, f"{name}/weight", stream.dense_weight(tensor, hidden[0].dtype))
             reports.append(report)
     return block, reports
-
-
-def compile_ahead(
-    model: Model,
-    params: Any,
-    plan: Mapping[str, Config | None],
-    batch_shape: tuple[int, int],
-    key: jax.Array,
-    start: int = 0,
-) -> None:
-    """Compiles every program that quantizing the blocks from `start` on will call, several at a time.
-
-    Compilation takes one core per program, and a first block would compile one after the other. Each program is called
-    once on zeros, which is what puts it where `jax.jit` will find it.
-
-    Args:
-      model: pure functions of the network.
-      params: its parameters.
-      plan: {path: settings or None}.
-      batch_shape: (sequences, tokens) of a forward pass.
-      key: of the run.
-      start: first block to quantize.
-    """
-    block, kind = params["blocks"][start], model.config.layer_kinds[start]
-    dtype = params["embed"]["weight"].dtype
-    hidden = functools.partial(jnp.zeros, (*batch_shape, model.config.hidden_size), dtype)
-    calls: list[Callable[[], Any]] = [lambda: run_block(model, block, hidden(), kind=kind)]
-    for group in model.groups:
-        columns = trees.get(block, group[0])["weight"].shape[1]
-        calls.append(
-            lambda c=columns, g=group: stats.capture_update(model, block, hidden(), stats.init(c), kind=kind, group=g)
-        )
-
-    def solve(shape, config):
-        out, n = shape
-        problem = LayerProblem(jnp.zeros((out, n), jnp.float32), jnp.eye(n, dtype=jnp.float32))
-        damping_used(problem.hessian, config)
-        tensor = METHODS[type(config)](problem, config, key=key)
-        error = relative_error(problem, tensor)
-        spectrum = ratedistortion.spectrum(problem.hessian)
-        return ratedistortion.rate_at_error(problem, error, spectrum), stream.dense_weight(tensor, dtype)
-
-    for shape, config in dict.fromkeys(
-        (trees.get(params, path)["weight"].shape, config)
-        for path, config in plan.items()
-        if config is not None and int(path.split("/")[1]) >= start
-    ):
-        calls.append(functools.partial(solve, shape, config))
-    with ThreadPoolExecutor() as pool:
-        for done in [pool.submit(call) for call in calls]:
-            jax.block_until_ready(done.result())
 
 
 def quantize_blocks(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import trees
-from jaxquant.methods import METHODS, AQLMConfig, CMPQConfig, Config, GPTVQConfig
+from jaxquant.methods import METHODS, AQLMConfig, CMPQConfig, Config, GPTVQConfig, TrellisConfig
 from jaxquant.models.base import Model
 from jaxquant.problem import LayerProblem
 from jaxquant.tensors import QuantizedTensor
@@ -65,10 +65,10 @@ def resolve(rules: Sequence[Rule], paths: Sequence[str]) -> dict[str, Config | N
 def variants(config: Config) -> tuple[Config, ...]:
     """Returns the same settings at other widths, for an allocation to choose from.
 
-    CMPQ: its average bits, 1.5 to 5; AQLM: 1 to 4 codebooks; GPTVQ: 1 to 4 bits per weight, as far as codes of 16 bits
-    go; the others: 2 to 6 bits.
+    CMPQ and trellis codes: their average bits, 1.5 to 5; AQLM: 1 to 4 codebooks; GPTVQ: 1 to 4 bits per weight, as far
+    as codes of 16 bits go; the others: 2 to 6 bits.
     """
-    if isinstance(config, CMPQConfig):
+    if isinstance(config, (CMPQConfig, TrellisConfig)):
         return tuple(dataclasses.replace(config, average_bits=b) for b in (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0))
     if isinstance(config, AQLMConfig):
         return tuple(dataclasses.replace(config, num_codebooks=n) for n in (1, 2, 3, 4))

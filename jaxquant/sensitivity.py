@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant import pipeline, stats, trees
+from jaxquant import pipeline, stats, trees, warmup
 from jaxquant.allocate import allocate
 from jaxquant.methods import METHODS, Config
 from jaxquant.models.base import Model, run_block, run_embed
-from jaxquant.plan import abstract_tensor
+from jaxquant.plan import abstract_tensor, linear_paths
 from jaxquant.problem import LayerProblem, row_objective
 from jaxquant.tensors import QuantizedTensor
 
@@ -112,6 +112,8 @@ def layer_costs(
     Yields:
       BlockCosts, from the last block to the first.
     """
+    shapes = dict.fromkeys(_shape(params, path) for path in linear_paths(model, params) if path not in skip)
+    warmup.call_all(functools.partial(_cost_of_zeros, shape, c, key) for shape in shapes for c in configs)
     ends = {name: value for name, value in params.items() if name != "blocks"}
     tokens, kinds = np.asarray(tokens, np.int32), model.config.layer_kinds
     count = tokens.size
@@ -140,22 +142,35 @@ def layer_costs(
                 if path not in skip:
                     problem = LayerProblem(trees.get(block, name)["weight"].astype(jnp.float32), gram / count)
                     squares = functools.reduce(jnp.add, (s[name] for _, s in both)) / count
-                    costs[path] = _costs(path, problem, squares, configs, key)
+                    own = pipeline.layer_key(key, path)
+                    costs[path] = [_cost(problem, squares, config, own) for config in configs]
         yield BlockCosts(index, costs)
 
 
-def _costs(path: str, problem: LayerProblem, squares: jax.Array, configs: Sequence[Config], key: jax.Array) -> list:
+def _shape(params: Any, path: str) -> tuple[int, int]:
+    out, n = trees.get(params, path)["weight"].shape
+    return out, n
+
+
+@functools.cache
+def _bits(shape: tuple[int, int], config: Config) -> int | None:
+    """Storage bits of a layer [out, in]; None if the settings do not fit it."""
+    try:
+        return abstract_tensor(shape, config).storage_bits()
+    except ValueError:
+        return None
+
+
+def _cost(problem: LayerProblem, squares: jax.Array, config: Config, key: jax.Array) -> float:
     out, n = problem.weight.shape
+    if _bits((out, n), config) is None:
+        return float("inf")
+    return float(predicted_kl(problem, METHODS[type(config)](problem, config, key=key), squares))
 
-    def cost(config: Config) -> float:
-        try:
-            abstract_tensor((out, n), config)
-        except ValueError:
-            return float("inf")
-        tensor = METHODS[type(config)](problem, config, key=pipeline.layer_key(key, path))
-        return float(predicted_kl(problem, tensor, squares))
 
-    return [cost(config) for config in configs]
+def _cost_of_zeros(shape: tuple[int, int], config: Config, key: jax.Array) -> float:
+    out, n = shape
+    return _cost(LayerProblem(jnp.zeros((out, n)), jnp.eye(n)), jnp.ones(out), config, key)
 
 
 def allocate_layers(
@@ -175,22 +190,16 @@ def allocate_layers(
     Raises:
       ValueError: the cheapest settings need more.
     """
-    weights = {path: trees.get(params, path)["weight"] for path in costs}
-    shapes: dict[str, tuple[int, int]] = {path: (len(w), w.shape[1]) for path, w in weights.items()}
-    abstract: dict[tuple[Any, Config], float] = {}
-    for path, options in costs.items():
-        for config, cost in zip(configs, options, strict=True):
-            if np.isfinite(cost) and (shapes[path], config) not in abstract:
-                abstract[shapes[path], config] = abstract_tensor(shapes[path], config).storage_bits()
-    # In bits per weight of the largest layer, which float32 holds to well under a bit per thousand weights.
-    sizes = np.asarray([np.prod(shapes[path]) for path in costs], np.float64)
-    bits = np.asarray([[abstract.get((shapes[path], config), 0) for config in configs] for path in costs], np.float64)
+    shapes = {path: _shape(params, path) for path in costs}
+    sizes = np.asarray([np.prod(shape) for shape in shapes.values()], np.float64)
+    bits = np.asarray([[_bits(shape, config) or 0 for config in configs] for shape in shapes.values()], np.float64)
     table = np.asarray(list(costs.values()), np.float32)
     least = np.where(np.isfinite(table), bits, np.inf).min(axis=1).sum() / sizes.sum()
     if least > average_bits:
         raise ValueError(
             f"average_bits: expected at least {least:.4f}, the least that these settings need, got {average_bits}"
         )
+    # Sizes relative to the largest, which float32 sums to well under a bit per thousand weights.
     choice = allocate(
         jnp.asarray(table),
         jnp.asarray(sizes / sizes.max(), jnp.float32),

@@ -1,4 +1,4 @@
-"""Second moments of layer inputs, accumulated over calibration batches."""
+"""Second moments of layer inputs, accumulated over calibration batches, and the damping that they need."""
 
 import functools
 from typing import Any
@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant import linalg
 from jaxquant.models.base import Model
+from jaxquant.problem import LayerProblem, revive
 
 
 def init(columns: int) -> jax.Array:
@@ -40,3 +42,16 @@ def capture_update(
       float32 [in, in].
     """
     return update(gram, model.capture(block, hidden, kind, group))
+
+
+@functools.partial(jax.jit, static_argnames="damp")
+@jax.default_matmul_precision("highest")
+def _damping_used(hessian: jax.Array, damp: float) -> jax.Array:
+    weight = jnp.zeros((1, len(hessian)), hessian.dtype)
+    return linalg.upper_factor(revive(LayerProblem(weight, hessian)).hessian, damp)[1]
+
+
+def damping_used(hessian: jax.Array, config: Any) -> float | None:
+    """Returns the damping with which a method factors `hessian`, relative to mean(diag H); None if it does not."""
+    damp = getattr(config, "damp", None)
+    return None if damp is None else float(_damping_used(hessian, damp))

@@ -110,9 +110,28 @@ def test_every_stage_of_tuning_is_measured(main, tmp_path, monkeypatch, capsys):
     assert " ± 0.71 (KL " in table
 
 
+def test_bits_are_allocated_over_layers(main, tmp_path, monkeypatch):
+    source, text = tiny.write(tmp_path / "model"), str(tiny.write_text(tmp_path / "text.txt"))
+    over = configs.Allocated(RTNConfig(3, search="minmax"), 5.0, sequences=4)
+    small = configs.WholeModel({"dense": None, "over layers": over}, sequences=4, length=16, batch_size=2)
+    monkeypatch.setitem(configs.EXPERIMENTS, "tiny", small)
+    assert main("tiny", "--model", str(source), "--calibration", text, "--text", text) == 0
+    found = results(tmp_path)
+    assert 4.5 < found["over layers"]["bits_per_weight"] <= 5.0
+    assert len({layer["format"] for layer in found["over layers"]["layers"]}) > 1
+    assert found["over layers"]["config"]["method"] == "allocated"
+
+
 def test_every_named_experiment_is_complete():
     for experiment in configs.EXPERIMENTS.values():
         assert experiment.methods
         for config in experiment.methods.values():
+            config = config.config if isinstance(config, configs.Allocated) else config
             assert config is None or type(config) in METHODS
     assert GPTQConfig(3) in configs.EXPERIMENTS["layers"].methods.values()
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_results():
+    document = (run.RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert document.count("<!-- table ") == 4
+    assert tables.written(document) == document
