@@ -15,7 +15,7 @@ from jaxquant.methods import (
     RTNConfig,
     TrellisConfig,
 )
-from jaxquant.recode import CodeConfig
+from jaxquant.projection import CodeConfig
 from jaxquant.training import TrainConfig
 
 

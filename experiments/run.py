@@ -24,8 +24,8 @@ from experiments import models, tuning
 from experiments.configs import EXPERIMENTS, Layers, Speed, Tuning, WholeModel
 from jaxquant import METHODS, LayerProblem, bits_per_weight, relative_error
 from jaxquant.checkpoint import describe_config, environment, write_json
-from jaxquant.cli import compile_fast
 from jaxquant.ratedistortion import excess_bits
+from jaxquant.xla import compile_fast
 
 RESULTS = Path(__file__).parent / "results"
 

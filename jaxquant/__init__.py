@@ -33,9 +33,9 @@ from jaxquant.plan import resolve as resolve
 from jaxquant.problem import LayerProblem as LayerProblem
 from jaxquant.problem import objective as objective
 from jaxquant.problem import relative_error as relative_error
+from jaxquant.projection import CodeConfig as CodeConfig
 from jaxquant.ratedistortion import excess_bits as excess_bits
 from jaxquant.ratedistortion import rate_distortion_bound as rate_distortion_bound
-from jaxquant.recode import CodeConfig as CodeConfig
 from jaxquant.tensors import CodebookTensor as CodebookTensor
 from jaxquant.tensors import ConcatTensor as ConcatTensor
 from jaxquant.tensors import OutlierTensor as OutlierTensor

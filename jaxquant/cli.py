@@ -21,6 +21,7 @@ from jaxquant.methods import (
     TrellisConfig,
 )
 from jaxquant.plan import Rule
+from jaxquant.xla import compile_fast
 
 Method = (
     Annotated[GPTQConfig, tyro.conf.subcommand("gptq", description="Error feedback, column by column (GPTQ).")]
@@ -266,9 +267,9 @@ class Doctor:
 
     def run(self) -> None:
         """Runs the command."""
-        from jaxquant import commands
+        from jaxquant import doctor
 
-        commands.doctor()
+        doctor.run()
 
 
 Command = (
@@ -281,17 +282,6 @@ Command = (
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
-
-
-def compile_fast() -> None:
-    """Tells XLA not to try its own matmul kernels on GPUs, unless $XLA_FLAGS says so; call before JAX is first used.
-
-    A run compiles a few dozen programs and calls each a few thousand times: on an H200 choosing among generated kernels
-    took 20 of the 28 seconds before the first block was done, and made nothing faster.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_gpu_enable_triton_gemm" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_triton_gemm=false".strip()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,9 +1,6 @@
 """What the commands do: load, call the library, print tables."""
 
 import dataclasses
-import importlib.metadata
-import importlib.util
-import platform
 import time
 from collections import deque
 from pathlib import Path
@@ -305,35 +302,3 @@ def inspect(args: Inspect) -> None:
     held = sum(x.storage_bits() if is_quantized(x) else x.nbytes * 8 for x in trees.flatten(opened.params).values())
     on_disk = (Path(args.model) / export.MODEL_FILE).stat().st_size
     out.print(f"accounted {held / 8e6:.3f} MB, on disk {on_disk / 1e6:.3f} MB", highlight=False)
-
-
-NEEDS = {
-    "torch": "checks against torch clients: pip install 'jaxquant[check]'",
-    "matplotlib": "plots: pip install 'jaxquant[plots]'",
-    "datasets": "calibration on hub datasets: pip install 'jaxquant[datasets]'",
-    "libtpu": "TPUs: pip install 'jax[tpu]'",
-}
-
-
-PACKAGES = ("jaxquant", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "safetensors")
-PACKAGES += ("transformers", "tokenizers", "gguf")
-
-
-def doctor() -> None:
-    """Prints devices, versions and what is missing."""
-    out = console()
-    environment = checkpoint.environment()
-    out.print(f"python {platform.python_version()}, {platform.platform()}", highlight=False)
-    for device in jax.devices():
-        out.print(f"device {device.id}: {device.platform} {device.device_kind}", highlight=False)
-    for name in PACKAGES:
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # jaxquant itself, run from a checkout
-            version = "not installed"
-        out.print(f"{name} {version}", highlight=False)
-    for name, use in NEEDS.items():
-        state = "found" if importlib.util.find_spec(name) else f"missing, needed for {use}"
-        out.print(f"{name}: {state}", highlight=False, markup=False)
-    if environment["platform"] == "cpu":
-        out.print("accelerator: none; GPUs need pip install 'jax[cuda13]'", highlight=False, markup=False)

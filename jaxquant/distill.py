@@ -16,7 +16,7 @@ import optax
 from jaxquant import stacked
 from jaxquant.evaluate import over_chunks
 from jaxquant.models.base import Model
-from jaxquant.recode import CodeConfig
+from jaxquant.projection import CodeConfig
 from jaxquant.stacked import Run
 from jaxquant.tensors import dense_tree
 from jaxquant.training import Progress, State, Step, TrainConfig, begin, default_optimizer, result, split, train

@@ -15,7 +15,7 @@ import optax
 
 from jaxquant.methods.settings import check_choice
 from jaxquant.models.base import Model
-from jaxquant.recode import CodeConfig
+from jaxquant.projection import CodeConfig
 from jaxquant.tensors import dense_tree, is_quantized
 from jaxquant.training import Step, TrainConfig, begin, default_optimizer, result, split, train
 

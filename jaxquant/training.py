@@ -17,7 +17,8 @@ import optax
 from jaxquant import trees
 from jaxquant.masters import masters, rounded, stored
 from jaxquant.methods.settings import check_choice
-from jaxquant.recode import CodeConfig, begin_codes, recode_step
+from jaxquant.projection import CodeConfig
+from jaxquant.recode import begin_codes, recode_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jaxquant.export import SavedModel
 from jaxquant.finetune import FinetuneConfig
 from jaxquant.models.load import LoadedModel
 from jaxquant.pipeline import BlockResult, tune_blocks
-from jaxquant.recode import CodeConfig
+from jaxquant.projection import CodeConfig
 from jaxquant.serialize import encode
 from jaxquant.training import TrainConfig, split
 

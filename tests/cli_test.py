@@ -272,6 +272,6 @@ def test_interrupts_tell_how_to_go_on(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxquant.commands.doctor", interrupted)
+    monkeypatch.setattr("jaxquant.doctor.run", interrupted)
     assert cli.main(["doctor"]) == 130
     assert "the same command resumes" in capsys.readouterr().err

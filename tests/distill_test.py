@@ -13,7 +13,8 @@ from jaxquant.masters import masters, rounded, stored
 from jaxquant.models.config import parse_config, tensor_names, tensor_shape
 from jaxquant.models.load import load_model
 from jaxquant.models.transformer import make_model
-from jaxquant.recode import CodeConfig, begin_codes
+from jaxquant.projection import CodeConfig
+from jaxquant.recode import begin_codes
 from jaxquant.serialize import decode
 from jaxquant.stacked import Run, stack, unstack
 from jaxquant.training import TrainConfig

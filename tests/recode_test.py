@@ -11,7 +11,8 @@ import pytest
 
 from jaxquant import pack
 from jaxquant.masters import masters, rounded, stored
-from jaxquant.recode import CodeConfig, begin_codes, project, recode_step
+from jaxquant.projection import CodeConfig, project
+from jaxquant.recode import begin_codes, recode_step
 from tests.contract_test import assert_same_bits
 from tests.formats import FORMATS, IN, OUT
 
