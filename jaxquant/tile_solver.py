@@ -172,12 +172,12 @@ def _widths(
 
 
 class _State(NamedTuple):
-    """A solution: levels float32, row scales float32 [out], codes [out, in], and V float32 [out, in]."""
+    """A solution."""
 
-    levels: jax.Array
-    row: jax.Array
-    codes: jax.Array
-    value: jax.Array
+    levels: jax.Array  # float32, see Codec
+    row: jax.Array  # float32 [out]
+    codes: jax.Array  # [out, in]
+    value: jax.Array  # V, float32 [out, in]
 
 
 def _learn(state: _State, codec: Codec, weight, hessian, scaled: Scaled, width: jax.Array) -> _State:

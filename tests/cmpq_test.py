@@ -14,7 +14,7 @@ from jaxquant.methods.quantease_outlier import OutlierQuantEaseConfig, quantease
 from tests.conftest import make_problem
 
 KEY = jax.random.key(0)
-BUDGETS = (2.5, 3.0, 3.5)
+BUDGETS = (2.5, 3.5)
 
 
 def problem(out=96, columns=160, **kwargs):
@@ -81,9 +81,7 @@ def test_too_small_a_budget_says_what_fits(layer, config):
 @pytest.mark.parametrize("config", [CMPQConfig(3.0, rounds=1), CMPQConfig.paper(4.0), OutlierQuantEaseConfig(2)])
 @pytest.mark.parametrize("case", ["dead", "singular", "zero rows", "odd"])
 def test_degenerate_layers(case, config):
-    weight, hessian = make_problem(
-        33 if case == "odd" else 64, 70 if case == "odd" else 96, rank=8 if case == "singular" else None
-    )
+    weight, hessian = make_problem(33, 70, rank=8 if case == "singular" else None)
     if case == "dead":
         hessian[:5], hessian[:, :5] = 0, 0
     if case == "zero rows":

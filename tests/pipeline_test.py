@@ -15,6 +15,7 @@ from jaxquant import (
     GPTVQConfig,
     RTNConfig,
     Rule,
+    TrellisConfig,
     dense_tree,
     pipeline,
     resolve,
@@ -34,7 +35,7 @@ TOKENS = np.random.default_rng(0).integers(0, 256, (4, 24))
 BATCH = 2
 # Every method takes part, each on layers of one shape, so that few programs need compiling.
 # Methods whose tables outweigh a tiny layer have end-to-end runs of their own size elsewhere.
-SMALL = [m for m in METHODS if m not in (CMPQConfig, GPTVQConfig, AQLMConfig)]
+SMALL = [m for m in METHODS if m not in (CMPQConfig, TrellisConfig, GPTVQConfig, AQLMConfig)]
 CONFIGS = [next(c.config for c in CASES.values() if type(c.config) is method) for method in SMALL]
 LAYERS = ["attn/q", "attn/k", "mlp/gate", "mlp/down", "attn/v", "attn/o", "mlp/up"]
 RULES = [Rule(f".*/{layer}", config) for layer, config in zip(LAYERS, CONFIGS, strict=False)]
