@@ -146,6 +146,7 @@ EXPERIMENTS: dict[str, Layers | WholeModel | Speed | Tuning] = {
             "cmpq 3.0 bits": CMPQConfig(3.0),
             "cmpq 3.0 bits over layers": Allocated(CMPQConfig(), 3.0),
             **{f"trellis {b} bits": TrellisConfig(b) for b in (2.06, 2.56, 3.06, 4.06)},
+            **{f"trellis {b} bits over layers": Allocated(TrellisConfig(), b) for b in (2.06, 2.56, 3.06, 4.06)},
             "gptvq 2D 3-bit": GPTVQConfig(3, 2),
             "aqlm 2x8 g8": AQLMConfig(),
             "lnq 3-bit": LNQConfig(3),

@@ -26,7 +26,10 @@ from jaxquant.tokenizer import Tokenizer, load_tokenizer
 
 
 class Task(NamedTuple):
-    """A dense model, calibration windows int32 [n, length], evaluation windows, and what goes into every result."""
+    """A dense model, calibration windows int32 [n, length], evaluation windows, and what goes into every result.
+
+    `costs` keeps what allocations measured: averages of the same settings share it.
+    """
 
     model: Model
     params: Any
@@ -34,6 +37,7 @@ class Task(NamedTuple):
     tokens: np.ndarray
     text: np.ndarray
     about: dict[str, Any]
+    costs: dict[Any, dict[str, list[float]]]
 
 
 def open_task(
@@ -57,7 +61,7 @@ def open_task(
         "data": {k: v for k, v in tokens.provenance.items() if k != "source"},
         "text": {k: v for k, v in windows.provenance.items() if k != "source"},
     }
-    return Task(loaded.model, loaded.params, tokenizer, tokens.tokens, windows.tokens, about)
+    return Task(loaded.model, loaded.params, tokenizer, tokens.tokens, windows.tokens, about, {})
 
 
 def describe(config: Config | Allocated | None) -> dict[str, Any] | None:
@@ -70,10 +74,12 @@ def describe(config: Config | Allocated | None) -> dict[str, Any] | None:
 def _allocate(task: Task, chosen: Allocated, name: str, batch_size: int, key: jax.Array) -> dict[str, Config]:
     """The settings of every layer."""
     configs, tokens = variants(chosen.config), task.tokens[: chosen.sequences]
-    results = layer_costs(task.model, task.params, tokens, configs, key=key, batch_size=batch_size)
-    costs = {r.index: r.costs for r in track(results, f"costs {name}", total=len(task.params["blocks"]))}
-    in_order = {path: options for index in sorted(costs) for path, options in costs[index].items()}
-    return allocate_layers(in_order, task.params, configs, chosen.average_bits)
+    if (configs, chosen.sequences) not in task.costs:
+        results = layer_costs(task.model, task.params, tokens, configs, key=key, batch_size=batch_size)
+        blocks = {r.index: r.costs for r in track(results, f"costs {name}", total=len(task.params["blocks"]))}
+        in_order = {path: options for index in sorted(blocks) for path, options in blocks[index].items()}
+        task.costs[configs, chosen.sequences] = in_order
+    return allocate_layers(task.costs[configs, chosen.sequences], task.params, configs, chosen.average_bits)
 
 
 def quantize(

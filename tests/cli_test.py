@@ -275,3 +275,18 @@ def test_interrupts_tell_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr("jaxquant.doctor.run", interrupted)
     assert cli.main(["doctor"]) == 130
     assert "the same command resumes" in capsys.readouterr().err
+
+
+def test_bits_over_layers(files, tmp_path, capsys):
+    budget = ["--average-bits", "4.5", "rtn", "--search", "minmax"]
+    assert quantize(files, tmp_path / "out", *budget) == 0
+    capsys.readouterr()
+    assert quantize(files, tmp_path / "out", *budget) == 0  # a finished run, and costs that are known
+    text = capsys.readouterr().out
+    assert 4.2 < number(r"average: ([\d.]+) bits per weight", text) <= 4.5
+    assert len(set(re.findall(r"uniform \d-bit", text))) > 1
+    costs = ["--costs", str(tmp_path / "out" / "costs.json"), "--calibration", str(files / "text.txt")]
+    planned = printed(capsys, ["plan", str(files / "model"), *costs, *SHORT, *budget])
+    assert number(r"linear layers: ([\d.]+) bits", planned) == number(r"average: ([\d.]+) bits per weight", text)
+    assert quantize(files, tmp_path / "other", "--average-bits", "1.0", "rtn", "--search", "minmax") == 1
+    assert "error: average_bits: expected at least" in capsys.readouterr().err
