@@ -16,7 +16,7 @@ import optax
 
 from jaxquant import trees
 from jaxquant.masters import masters, rounded, stored
-from jaxquant.methods.settings import check_choice
+from jaxquant.methods.settings import check_choice, check_integers
 from jaxquant.projection import CodeConfig
 from jaxquant.recode import begin_codes, recode_step
 
@@ -55,10 +55,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        for name in ("epochs", "batch_size", "micro_batch", "patience"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        check_integers(self, epochs=1, batch_size=1, micro_batch=1, patience=1)
         if self.batch_size % self.micro_batch:
             raise ValueError(f"micro_batch: expected a divisor of batch_size {self.batch_size}, got {self.micro_batch}")
         if self.chunks is not None and (not isinstance(self.chunks, int) or self.chunks < 1):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxquant import linalg, vector, vector_fit, vector_sweep
 from jaxquant.codebook_tensor import ScaledProblem, VectorOrder, scale_problem
-from jaxquant.methods.settings import check_choice
+from jaxquant.methods.settings import check_choice, check_integers
 from jaxquant.problem import LayerProblem, check, revive
 from jaxquant.tensors import QuantizedTensor
 
@@ -67,11 +67,8 @@ class AQLMConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        names = ("num_codebooks", "codebook_bits", "group_size", "beam_size", "window", "iterations", "sweeps", "steps")
-        for name in (*names, "rounds"):
-            value, least = getattr(self, name), int(name != "rounds")
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+        check_integers(self, num_codebooks=1, codebook_bits=1, group_size=1, beam_size=1, window=1)
+        check_integers(self, iterations=1, sweeps=1, steps=1, rounds=0)
         if self.codebook_bits > 16:
             raise ValueError(f"codebook_bits: expected an integer from 1 to 16, got {self.codebook_bits!r}")
         if self.entry_bits not in (*range(2, 9), 16):

@@ -17,7 +17,7 @@ import jax
 from jaxquant import tile_solver
 from jaxquant.methods import cmpq_levels
 from jaxquant.methods.cmpq_paper import channel_norms
-from jaxquant.methods.settings import check_choice
+from jaxquant.methods.settings import check_budget, check_choice, check_integers
 from jaxquant.problem import LayerProblem, check, revive
 from jaxquant.tensors import OutlierTensor
 
@@ -52,16 +52,9 @@ class CMPQConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        if not 0 < self.average_bits <= 8:
-            raise ValueError(f"average_bits: expected a number above 0 and up to 8, got {self.average_bits!r}")
+        check_budget(self)
         check_choice("allocation", self.allocation, Allocation)
-        if not 0 <= self.outliers < 1:
-            raise ValueError(f"outliers: expected a share of the weights, 0 <= share < 1, got {self.outliers!r}")
-        for name, least in (("row_classes", 1), ("rounds", 0), ("sweeps", 1)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise ValueError(f"{name}: expected an integer >= {least}, got {getattr(self, name)!r}")
-        if self.damp < 0:
-            raise ValueError(f"damp: expected a number >= 0, got {self.damp!r}")
+        check_integers(self, row_classes=1, rounds=0, sweeps=1)
 
     @classmethod
     def paper(cls, average_bits: float = 2.25, *, outliers: float = 0.005) -> "CMPQConfig":

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxquant import linalg, vector, vector_fit, vector_sweep
 from jaxquant.codebook_tensor import VectorOrder, scale_problem
-from jaxquant.methods.settings import check_choice
+from jaxquant.methods.settings import check_choice, check_integers
 from jaxquant.problem import LayerProblem, check, revive
 from jaxquant.tensors import QuantizedTensor
 
@@ -74,19 +74,7 @@ class GPTVQConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        for name, least in (
-            ("vector_dim", 1),
-            ("columns", 1),
-            ("iterations", 1),
-            ("rounds", 0),
-            ("sweeps", 0),
-            ("steps", 1),
-            ("window", 1),
-            ("beam_size", 1),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+        check_integers(self, vector_dim=1, columns=1, iterations=1, rounds=0, sweeps=0, steps=1, window=1, beam_size=1)
         width = self.bits * self.vector_dim
         if width != int(width) or not 1 <= width <= 16:
             raise ValueError(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import codebook, linalg, sweep
-from jaxquant.methods.settings import Order, check_choice, column_order
+from jaxquant.methods.settings import Order, check_choice, check_integers, column_order
 from jaxquant.packing import pack
 from jaxquant.problem import LayerProblem, check, revive, row_objective
 from jaxquant.tensors import CodebookTensor
@@ -48,9 +48,7 @@ class LNQConfig:
         """Checks every field."""
         if not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
             raise ValueError(f"bits: expected an integer from 1 to 8, got {self.bits!r}")
-        for name, least in (("restarts", 0), ("rounds", 1), ("sweeps", 1)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise ValueError(f"{name}: expected an integer >= {least}, got {getattr(self, name)!r}")
+        check_integers(self, restarts=0, rounds=1, sweeps=1)
         if self.damp < 0:
             raise ValueError(f"damp: expected a number >= 0, got {self.damp!r}")
         check_choice("order", self.order, Order)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import grid, linalg, sweep
-from jaxquant.methods.settings import GridConfig, Order, check_choice, column_order
+from jaxquant.methods.settings import GridConfig, Order, check_choice, check_integers, column_order
 from jaxquant.problem import LayerProblem, check, revive, row_objective
 from jaxquant.tensors import QuantizedTensor, UniformTensor, dense
 
@@ -47,8 +47,7 @@ class QuantEaseConfig(GridConfig):
         super().__post_init__()
         check_choice("start", self.start, Start)
         check_choice("order", self.order, Order)
-        if not isinstance(self.iterations, int) or self.iterations < 1:
-            raise ValueError(f"iterations: expected an integer >= 1, got {self.iterations!r}")
+        check_integers(self, iterations=1)
         if self.damp < 0:
             raise ValueError(f"damp: expected a number >= 0, got {self.damp!r}")
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import grid, linalg, outliers, sweep
-from jaxquant.methods.settings import GridConfig, Order, check_choice, column_order
+from jaxquant.methods.settings import GridConfig, Order, check_choice, check_integers, column_order
 from jaxquant.outliers import ColumnOutlierTensor
 from jaxquant.packing import saturate
 from jaxquant.problem import LayerProblem, check, revive
@@ -45,8 +45,7 @@ class OutlierQuantEaseConfig(GridConfig):
         check_choice("order", self.order, Order)
         if not 0 <= self.outliers <= 1:
             raise ValueError(f"outliers: expected a share between 0 and 1, got {self.outliers!r}")
-        if not isinstance(self.iterations, int) or self.iterations < 1:
-            raise ValueError(f"iterations: expected an integer >= 1, got {self.iterations!r}")
+        check_integers(self, iterations=1)
         if self.damp < 0:
             raise ValueError(f"damp: expected a number >= 0, got {self.damp!r}")
 

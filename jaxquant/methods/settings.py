@@ -17,6 +17,24 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
 
 
+def check_integers(config: Any, **least: int) -> None:
+    """Raises ValueError unless each named field of `config` is an integer of at least so much."""
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < bound:
+            raise ValueError(f"{name}: expected an integer >= {bound}, got {value!r}")
+
+
+def check_budget(config: Any) -> None:
+    """Raises ValueError unless `average_bits`, `outliers` and `damp` of `config` are in range."""
+    if not 0 < config.average_bits <= 8:
+        raise ValueError(f"average_bits: expected a number above 0 and up to 8, got {config.average_bits!r}")
+    if not 0 <= config.outliers < 1:
+        raise ValueError(f"outliers: expected a share of the weights, 0 <= share < 1, got {config.outliers!r}")
+    if config.damp < 0:
+        raise ValueError(f"damp: expected a number >= 0, got {config.damp!r}")
+
+
 @dataclasses.dataclass(frozen=True)
 class GridConfig:
     """Uniform grids, as every method on such grids takes them.

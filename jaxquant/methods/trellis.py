@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant import sweep, tile_solver, tiles, trellis
+from jaxquant.methods.settings import check_budget, check_integers
 from jaxquant.problem import LayerProblem, check, revive
 from jaxquant.tensors import OutlierTensor
 
@@ -46,17 +47,10 @@ class TrellisConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        if not 0 < self.average_bits <= 8:
-            raise ValueError(f"average_bits: expected a number above 0 and up to 8, got {self.average_bits!r}")
-        if not 0 <= self.outliers < 1:
-            raise ValueError(f"outliers: expected a share of the weights, 0 <= share < 1, got {self.outliers!r}")
+        check_budget(self)
         if self.state_bits not in trellis.TRELLISES:
             raise ValueError(f"state_bits: expected one of {list(trellis.TRELLISES)}, got {self.state_bits!r}")
-        for name, least in (("rounds", 0), ("sweeps", 1)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise ValueError(f"{name}: expected an integer >= {least}, got {getattr(self, name)!r}")
-        if self.damp < 0:
-            raise ValueError(f"damp: expected a number >= 0, got {self.damp!r}")
+        check_integers(self, rounds=0, sweeps=1)
 
 
 def _codec(state_bits: int) -> tile_solver.Codec:
