@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxquant import beam, grid, trellis
 from jaxquant.codebook_tensor import ColumnTensor
+from jaxquant.kernels.trellis_paths.api import paths
 from jaxquant.outliers import ColumnOutlierTensor
 from jaxquant.packing import pack
 from jaxquant.tensors import (
@@ -173,13 +174,13 @@ def _project_trellis(tensor: TiledTensor, target: jax.Array, config: CodeConfig)
     row, valid = jnp.asarray(runs.row)[ring], jnp.asarray(runs.valid)[ring]
     where = row, column[:, None]
     width, s = widths[row[:, 0], column], scale[where]
-    path = trellis.paths(
+    path = paths(
         wanted[where] / jnp.where(s == 0, 1, s),
         jnp.where(valid, s**2, 0),
         jnp.where(valid, width[:, None], 0),
         gains[width][:, None] * table[None, :],
         states[row[:, -1], column],
-        closed=jnp.asarray(runs.closed)[ring],
+        jnp.asarray(runs.closed)[ring],
         widest=tensor.widest,
     )
     value = gains[width][:, None] * table[path] * s

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxquant import CMPQConfig, LayerProblem, bits_per_weight, cmpq, objective, relative_error, tiles, trellis
+from jaxquant.kernels.trellis_paths import gpu, reference
 from jaxquant.methods.trellis import TrellisConfig, trellis_quantize
 from tests.conftest import make_problem
 
@@ -138,3 +139,20 @@ def test_the_stored_codes_are_those_of_the_search(layer):
 def test_settings_are_checked(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         TrellisConfig(**bad)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_gpu_kernel_finds_the_same_paths(given):
+    """In interpret mode: every width, a shorter ring, a run too short to close."""
+    runs = trellis.rings((20, 19, 20, 20, 20, 20, 20, 20, 20, 5), BITS)
+    width = np.asarray([0, 1, 2, 3, 4, 5, 6, 7, 8, 2])
+    count, m = runs.row.shape
+    target, weight = RNG.standard_normal((count, m)), RNG.random((count, m)) * runs.valid
+    values = np.where(width > 0, np.linspace(0.9, 1.1, count), 0)[:, None] * trellis.table(BITS)
+    moves = jnp.asarray(np.where(runs.valid, width[:, None], 0), jnp.int32)
+    ends = jnp.asarray(RNG.integers(0, 2**BITS, count), jnp.int32) if given else None
+    floats = (jnp.asarray(x, jnp.float32) for x in (target, weight))
+    arguments = (*floats, moves, jnp.asarray(values, jnp.float32), ends, jnp.asarray(runs.closed))
+    expected = reference.paths(*arguments, widest=8)
+    found = gpu.paths(*arguments, widest=8, interpret=True)
+    np.testing.assert_array_equal(np.where(runs.valid, found, 0), np.where(runs.valid, expected, 0))

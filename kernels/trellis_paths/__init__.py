@@ -1,0 +1,1 @@
+"""Best paths through a trellis of shifted bits."""
