@@ -67,7 +67,7 @@ class GPTVQConfig:
     iterations: int = 30
     rounds: int = 6
     sweeps: int = 2
-    steps: int = 20
+    steps: int = 5
     window: int = 8
     beam_size: int = 8
     damp: float = 0.01
@@ -108,6 +108,7 @@ class GPTVQConfig:
             rounds=1,
             sweeps=0,
             window=1,
+            steps=20,
         )
 
     def blocks(self, out: int, columns: int) -> tuple[int, int]:
