@@ -15,6 +15,7 @@ from jaxquant.methods import (
     RTNConfig,
     TrellisConfig,
 )
+from jaxquant.pipeline import Targets
 from jaxquant.projection import CodeConfig
 from jaxquant.training import TrainConfig
 
@@ -46,6 +47,7 @@ class WholeModel:
     """A whole model, quantized block by block, then perplexity and KL on a text."""
 
     methods: dict[str, Config | Allocated | None]
+    targets: Targets = "prefix"
     sequences: int = 128
     length: int = 2048
     batch_size: int = 8
@@ -147,10 +149,19 @@ EXPERIMENTS: dict[str, Layers | WholeModel | Speed | Tuning] = {
             "cmpq 3.0 bits over layers": Allocated(CMPQConfig(), 3.0),
             **{f"trellis {b} bits": TrellisConfig(b) for b in (2.06, 2.56, 3.06, 4.06)},
             **{f"trellis {b} bits over layers": Allocated(TrellisConfig(), b) for b in (2.06, 2.56, 3.06, 4.06)},
+            "gptq 3-bit over layers": Allocated(GPTQConfig(3), 3.0278),
             "gptvq 2D 3-bit": GPTVQConfig(3, 2),
+            "gptvq 2D 3-bit ordered": GPTVQConfig(3, 2, order="variance"),
             "aqlm 2x8 g8": AQLMConfig(),
             "lnq 3-bit": LNQConfig(3),
         }
+    ),
+    "model-targets": WholeModel(
+        {
+            "gptq 3-bit": GPTQConfig(3),
+            **{f"trellis {b} bits": TrellisConfig(b) for b in (2.06, 2.16, 2.56, 3.05, 4.03)},
+        },
+        targets="model",
     ),
     "tuning": Tuning(
         {

@@ -18,7 +18,7 @@ from jaxquant.finetune import FinetuneConfig
 from jaxquant.methods import Config
 from jaxquant.models.base import Model
 from jaxquant.models.load import load_model
-from jaxquant.pipeline import LayerReport, quantize_blocks
+from jaxquant.pipeline import LayerReport, Targets, quantize_blocks
 from jaxquant.plan import linear_paths, variants
 from jaxquant.progress import track
 from jaxquant.sensitivity import allocate_layers, layer_costs
@@ -89,6 +89,7 @@ def quantize(
     batch_size: int,
     *,
     seed: int = 0,
+    targets: Targets = "prefix",
     finetune: FinetuneConfig | None = None,
 ) -> tuple[Any, list[LayerReport]]:
     """Returns the parameters with all linear layers quantized, and a report for each."""
@@ -97,7 +98,7 @@ def quantize(
         plan = _allocate(task, config, name, batch_size, key)
     else:
         plan = resolve([Rule(".*", config)], linear_paths(task.model, task.params))
-    options: dict[str, Any] = {"key": key, "batch_size": batch_size, "finetune": finetune}
+    options: dict[str, Any] = {"key": key, "batch_size": batch_size, "targets": targets, "finetune": finetune}
     blocks, reports = list(task.params["blocks"]), []
     results = quantize_blocks(task.model, task.params, task.tokens, plan, **options)
     for result in track(results, name, total=len(blocks)):

@@ -123,12 +123,13 @@ def run_model(args: Arguments, experiment: WholeModel) -> None:
             began = time.perf_counter()
             params, reports = task.params, []
             if config is not None:
-                params, reports = models.quantize(task, config, name, experiment.batch_size)
+                params, reports = models.quantize(task, config, name, experiment.batch_size, targets=experiment.targets)
             jax.block_until_ready(params)
             seconds = time.perf_counter() - began  # compilation included
             return {**models.evaluation(task, params, reports, name), "seconds": seconds}
 
-        stored(args, {**task.about, "method": name, "config": models.describe(config)}, measure)
+        settings = {**task.about, "method": name, "config": models.describe(config)}
+        stored(args, settings | ({} if experiment.targets == "prefix" else {"targets": experiment.targets}), measure)
 
 
 def square_problem(n: int, tokens: int) -> LayerProblem:

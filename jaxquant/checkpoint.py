@@ -52,6 +52,7 @@ def fingerprint(
     *,
     seed: int,
     batch_size: int,
+    targets: str = "prefix",
     finetune: FinetuneConfig | None = None,
 ) -> dict[str, Any]:
     """Returns all that determines the result of a run, ready for JSON.
@@ -62,6 +63,7 @@ def fingerprint(
       plan: {path: settings or None}.
       seed: of the run's key.
       batch_size: sequences per forward pass; it moves float rounding.
+      targets: see `pipeline.quantize_blocks`.
       finetune: settings of block fine-tuning, or None.
     """
     plan_json = {path: describe_config(config) for path, config in plan.items()}
@@ -74,6 +76,7 @@ def fingerprint(
                 "plan": plan_json,
                 "seed": seed,
                 "batch_size": batch_size,
+                "targets": targets,
                 "finetune": None if finetune is None else dataclasses.asdict(finetune),
             }
         )

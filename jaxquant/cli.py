@@ -96,6 +96,8 @@ class Quantize(_Planned):
     Attributes:
       out: directory for the result.
       dense: also save the dequantized model in bfloat16, for transformers, in OUT/dense.
+      targets: what a layer's outputs should be: "prefix", what its weight gives on the inputs that it will get, or
+        "model", what they are in the dense model, so that layers make up for the errors of those before them.
       finetune: epochs of fine-tuning of each block, once it is quantized, on the calibration text; 0 for none.
       finetune_rate: largest step of fine-tuning, relative to the size of each array.
       finetune_targets: as `tune --targets`.
@@ -104,6 +106,7 @@ class Quantize(_Planned):
     _: dataclasses.KW_ONLY
     out: Path
     dense: bool = False
+    targets: Literal["prefix", "model"] = "prefix"
     finetune: int = 0
     finetune_rate: float = 4e-3
     finetune_targets: Literal["prefix", "model"] = "prefix"

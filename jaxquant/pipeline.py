@@ -5,7 +5,7 @@ import math
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,12 @@ from jaxquant import ratedistortion, stats, stream, trees
 from jaxquant.finetune import FinetuneConfig, TuneReport
 from jaxquant.methods import METHODS, Config
 from jaxquant.models.base import Model
-from jaxquant.problem import LayerProblem, dead_columns, relative_error
+from jaxquant.problem import LayerProblem, dead_columns, relative_error, retarget
 from jaxquant.tensors import QuantizedTensor, bits_per_weight
 from jaxquant.training import split
 from jaxquant.warmup import compile_ahead
+
+Targets = Literal["prefix", "model"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,19 +138,29 @@ def _quantize_block(
     plan: Mapping[str, Config | None],
     index: int,
     key: jax.Array,
+    clean: Sequence[jax.Array] | None,
 ) -> tuple[Any, list[LayerReport]]:
-    """Quantizes the groups of a block in order, each on inputs that passed the groups before it."""
+    """Quantizes the groups of a block in order, each on inputs that passed the groups before it.
+
+    With `clean`, the block's inputs in the dense model, each layer aims at its outputs there.
+    """
     kind, prefix = model.config.layer_kinds[index], f"blocks/{index}/"
     tokens = sum(h.shape[0] * h.shape[1] for h in hidden)
+    original = block
     reports, passes = [], block  # what the forward passes see: dense weights, the new ones as they will be decoded
     for group in model.groups:
         weights = {name: trees.get(block, name)["weight"] for name in group}
-        hessian = eigenvalues = None
+        hessian = cross = eigenvalues = None
         if any(plan[prefix + name] is not None for name in group):
             gram = stats.init(weights[group[0]].shape[1])
             for h in hidden:
                 gram = stats.capture_update(model, passes, h, gram, kind=kind, group=group)
             hessian = gram / tokens
+            if clean is not None:
+                cross = stats.init(len(hessian))
+                for h, c in zip(hidden, clean, strict=True):
+                    cross = stats.cross_update(model, passes, h, original, c, cross, kind=kind, group=group)
+                cross /= tokens
             eigenvalues = ratedistortion.spectrum(hessian)
         damps = {}  # a factorization each, and layers that share the hessian mostly share the settings
         for name, weight in weights.items():
@@ -161,7 +173,7 @@ def _quantize_block(
                 damps[config] = stats.damping_used(hessian, config)
             tensor, report = quantize_layer(
                 prefix + name,
-                weight,
+                weight if cross is None else retarget(weight.astype(jnp.float32), hessian, cross),
                 hessian,
                 config,
                 key=key,
@@ -184,6 +196,7 @@ def quantize_blocks(
     key: jax.Array,
     batch_size: int = 8,
     start: int = 0,
+    targets: Targets = "prefix",
     finetune: FinetuneConfig | None = None,
     dense_blocks: Sequence[Any] | None = None,
 ) -> Iterator[BlockResult]:
@@ -200,8 +213,11 @@ def quantize_blocks(
       key: seeds the methods, by path.
       batch_size: sequences per forward pass; it changes results by float rounding only.
       start: first block to quantize.
+      targets: what a layer's outputs should be: "prefix", what its weight gives on the inputs that it will get, or
+        "model", what they are in the dense model, so that layers also make up for the errors of those before them; see
+        `problem.retarget`. Errors in the reports are then relative to those targets.
       finetune: fine-tune every block once its layers are quantized, or None.
-      dense_blocks: for the targets of fine-tuning; by default those of `params`; needed from a later start.
+      dense_blocks: of the dense model; by default those of `params`; needed for targets in it from a later start.
 
     Yields:
       BlockResult for each block from `start` on.
@@ -218,10 +234,11 @@ def quantize_blocks(
     if start < len(params["blocks"]):
         compile_ahead(model, params, plan, tokens[:batch_size].shape, key, start)
 
-    def change(index, block, hidden):
-        return _quantize_block(model, block, hidden, plan, index, key)
+    def change(index, block, hidden, clean):
+        return _quantize_block(model, block, hidden, plan, index, key, clean)
 
     options = {"batch_size": batch_size, "start": start, "finetune": finetune, "dense_blocks": dense_blocks}
+    options["clean"] = targets == "model"
     yield from (BlockResult(*done) for done in stream.walk(model, params, tokens, change, **options))
 
 
@@ -238,5 +255,5 @@ def tune_blocks(
     """Fine-tunes the blocks of a quantized model one after the other; arguments as of `quantize_blocks`."""
     split(finetune.train, len(tokens))
     options = {"batch_size": batch_size, "start": start, "finetune": finetune, "dense_blocks": dense_blocks}
-    keep = stream.walk(model, params, tokens, lambda _, block, __: (block, []), **options)
+    keep = stream.walk(model, params, tokens, lambda _, block, __, ___: (block, []), **options)
     yield from (BlockResult(*done) for done in keep)

@@ -14,7 +14,7 @@ from jaxquant.data import TokenSet
 from jaxquant.finetune import FinetuneConfig
 from jaxquant.methods import Config
 from jaxquant.models.load import LoadedModel
-from jaxquant.pipeline import BlockResult, quantize_blocks
+from jaxquant.pipeline import BlockResult, Targets, quantize_blocks
 
 
 def quantize_to_directory(
@@ -25,6 +25,7 @@ def quantize_to_directory(
     *,
     seed: int = 0,
     batch_size: int = 8,
+    targets: Targets = "prefix",
     finetune: FinetuneConfig | None = None,
 ) -> Iterator[BlockResult]:
     """Quantizes a model into `out`, taking up what an interrupted run left there.
@@ -39,6 +40,7 @@ def quantize_to_directory(
       out: the run's directory.
       seed: of the methods' keys.
       batch_size: sequences per forward pass.
+      targets: see `quantize_blocks`.
       finetune: settings of block fine-tuning, or None.
 
     Yields:
@@ -48,7 +50,7 @@ def quantize_to_directory(
       ValueError: `out` holds another run or other files; see also `quantize_blocks`.
     """
     prints = checkpoint.fingerprint(
-        loaded.params, data.provenance, plan, seed=seed, batch_size=batch_size, finetune=finetune
+        loaded.params, data.provenance, plan, seed=seed, batch_size=batch_size, targets=targets, finetune=finetune
     )
     checkpoint.open_run(out, prints)
     if export.is_packed(out):
@@ -68,6 +70,7 @@ def quantize_to_directory(
             key=jax.random.key(seed),
             batch_size=batch_size,
             start=len(results),
+            targets=targets,
             finetune=finetune,
             dense_blocks=loaded.params["blocks"],
         ):

@@ -44,6 +44,28 @@ def capture_update(
     return update(gram, model.capture(block, hidden, kind, group))
 
 
+@functools.partial(jax.jit, static_argnames=("model", "kind", "group"), donate_argnames="cross")
+@jax.default_matmul_precision("highest")
+def cross_update(
+    model: Model,
+    block: Any,
+    hidden: jax.Array,
+    dense_block: Any,
+    dense_hidden: jax.Array,
+    cross: jax.Array,
+    *,
+    kind: str,
+    group: tuple[str, ...],
+) -> jax.Array:
+    """Adds y x^T over all tokens to `cross` [in, in]: x the group's inputs, y those in the dense model.
+
+    Other arguments are those of `capture_update`; `dense_hidden` are the inputs of `dense_block`.
+    """
+    x, y = model.capture(block, hidden, kind, group), model.capture(dense_block, dense_hidden, kind, group)
+    x, y = (z.astype(jnp.float32).reshape(-1, z.shape[-1]) for z in (x, y))
+    return cross + y.T @ x
+
+
 @functools.partial(jax.jit, static_argnames="damp")
 @jax.default_matmul_precision("highest")
 def _damping_used(hessian: jax.Array, damp: float) -> jax.Array:

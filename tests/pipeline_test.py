@@ -148,6 +148,30 @@ def test_24_resuming_changes_nothing(loaded, finished):
     assert run(loaded, params={**loaded.params, "blocks": [r.block for r in results]}, start=2) == []
 
 
+def test_layers_that_aim_at_the_dense_model_make_up_for_earlier_errors(loaded):
+    """Rounding alone, coarse in the first layers: the last block's outputs come nearer to the dense model's."""
+    rules = [Rule("blocks/0/attn/[qkv]", RTNConfig(2, search="minmax")), Rule(".*", RTNConfig(8, search="minmax"))]
+    hidden = jax.jit(loaded.model.embed)(loaded.params, jnp.asarray(TOKENS))
+
+    def outputs(blocks):
+        x = hidden
+        for block in blocks:
+            x = jax.jit(loaded.model.block, static_argnums=2)(block, x, "full")
+        return np.asarray(x)
+
+    wanted = outputs(loaded.params["blocks"])
+    errors = {}
+    for targets in ("prefix", "model"):
+        results = run(loaded, rules, targets=targets)
+        errors[targets] = np.sum((outputs([r.block for r in results]) - wanted) ** 2)
+    assert errors["model"] < 0.7 * errors["prefix"]
+    half = {**loaded.params, "blocks": [results[0].block, loaded.params["blocks"][1]]}
+    with pytest.raises(ValueError, match="dense_blocks"):
+        run(loaded, rules, params=half, start=1, targets="model")
+    resumed = run(loaded, rules, params=half, start=1, targets="model", dense_blocks=loaded.params["blocks"])
+    assert_same_bits(resumed[0].block, results[1].block)
+
+
 def test_24_a_plan_of_nothing_changes_nothing(loaded, monkeypatch):
     monkeypatch.setattr(stats, "capture_update", None)  # nor does it gather statistics
     monkeypatch.setattr(pipeline, "compile_ahead", lambda *_: None)
