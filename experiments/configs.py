@@ -68,7 +68,7 @@ class Tuning:
 
     Attributes:
       methods: settings by name.
-      block: of fine-tuning while quantizing.
+      block: of fine-tuning while quantizing; its targets are also those of the layers.
       distill: of distillation, after that.
       pv: of PV-tuning, after that.
       codes: of its V step.

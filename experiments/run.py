@@ -42,6 +42,7 @@ class Arguments:
       text: its evaluation text.
       only: run only methods whose name holds this.
       results: where results go.
+      shared: other work runs on the device, so seconds would mean nothing: whole-model results are stored without.
     """
 
     name: Annotated[str, tyro.conf.Positional]
@@ -51,6 +52,7 @@ class Arguments:
     text: str | None = None
     only: str = ""
     results: Path = RESULTS
+    shared: bool = False
 
 
 def stored(args: Arguments, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
@@ -110,6 +112,7 @@ def run_layers(args: Arguments, experiment: Layers) -> None:
                 }
 
             stored(args, settings, measure)
+            jax.clear_caches()  # every layer has its own shape, and a CPU process can hold only so many programs
 
 
 def run_model(args: Arguments, experiment: WholeModel) -> None:
@@ -126,7 +129,8 @@ def run_model(args: Arguments, experiment: WholeModel) -> None:
                 params, reports = models.quantize(task, config, name, experiment.batch_size, targets=experiment.targets)
             jax.block_until_ready(params)
             seconds = time.perf_counter() - began  # compilation included
-            return {**models.evaluation(task, params, reports, name), "seconds": seconds}
+            figures = models.evaluation(task, params, reports, name)
+            return {**figures, "seconds": None if args.shared else seconds}
 
         settings = {**task.about, "method": name, "config": models.describe(config)}
         stored(args, settings | ({} if experiment.targets == "prefix" else {"targets": experiment.targets}), measure)

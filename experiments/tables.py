@@ -54,7 +54,7 @@ def whole_model(results: list[Result]) -> str:
             f"{r['bits_per_weight']:.3f}",
             f"{r['perplexity']:.2f}",
             f"{r['kl']:.4f}",
-            f"{r['seconds']:.0f}",
+            "" if r["seconds"] is None else f"{r['seconds']:.0f}",
             r["environment"]["device"],
         ]
         for r in sorted(results, key=lambda r: (-r["bits_per_weight"], r["perplexity"]))
@@ -108,6 +108,7 @@ TABLES: dict[str, Callable[[list[Result]], str]] = {
     "layers paper": layers_paper,
     "smollm2": whole_model,
     "pareto": whole_model,
+    "model-targets": whole_model,
     "speed": speed,
     "scaling": speed,
     "tuning": tuning,
@@ -125,7 +126,7 @@ def written(text: str) -> str:
     def replace(match: re.Match[str]) -> str:
         return f"<!-- table {match[1]} -->\n\n{table(match[1])}\n\n<!-- end -->"
 
-    return re.sub(r"<!-- table ([\w ]+?) -->.*?<!-- end -->", replace, text, flags=re.DOTALL)
+    return re.sub(r"<!-- table ([\w -]+?) -->.*?<!-- end -->", replace, text, flags=re.DOTALL)
 
 
 def main(arguments: list[str]) -> int:

@@ -38,7 +38,8 @@ class _Chain:
         if stage in ("none", "block"):
             train = dataclasses.replace(e.block.train, seed=seed)
             finetune = dataclasses.replace(e.block, train=train) if stage == "block" else None
-            params, _ = models.quantize(self.task, self.config, stage, e.batch_size, seed=seed, finetune=finetune)
+            options: dict[str, Any] = {"seed": seed, "targets": e.block.targets, "finetune": finetune}
+            params, _ = models.quantize(self.task, self.config, stage, e.batch_size, **options)
         else:
             train = dataclasses.replace(e.pv if stage == "pv" else e.distill, seed=seed)
             codes = e.codes if stage == "pv" else None
