@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import linalg
-from jaxquant.packing import PackedArray, pack, saturate
+from jaxquant.packing import PackedArray, pack, rounded, saturate
 from jaxquant.tensors import QuantizedTensor, dense, pack_order, unpack_order
 
 VectorOrder = Literal["natural", "variance"]
@@ -48,8 +48,8 @@ class LogScale:
 def log_scale(scale: jax.Array) -> LogScale:
     """Rounds positive scales [n] to a grid of 32 values that spans them."""
     log, top = jnp.log2(scale), 2**_SCALE_BITS - 1
-    low = log.min().astype(jnp.float16)
-    step = ((log.max() - low.astype(jnp.float32)) / top).astype(jnp.float16)
+    low = saturate(log.min(), jnp.float16)
+    step = saturate((log.max() - low.astype(jnp.float32)) / top, jnp.float16)
     place = (log - low.astype(jnp.float32)) / jnp.where(step > 0, step.astype(jnp.float32), 1)
     return LogScale(pack(jnp.clip(jnp.round(place), 0, top).astype(jnp.uint32), _SCALE_BITS), low, step)
 
@@ -119,7 +119,7 @@ class ScaledProblem:
 
 
 def _stored_row(row: jax.Array, dtype: str) -> jax.Array:
-    row = saturate(row, dtype).astype(jnp.float32)
+    row = rounded(row, dtype)
     return jnp.where(row > 0, row, 1)
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxquant.packing import pack, saturate
+from jaxquant.packing import pack, rounded, saturate
 from jaxquant.tensors import UniformTensor
 
 Search = Literal["minmax", "mse", "hessian"]
@@ -41,8 +41,7 @@ def encode(value: jax.Array, scale: jax.Array, zero: jax.Array, bits: int) -> ja
 
 def stored_scale(scale: jax.Array, dtype: str) -> jax.Array:
     """Returns positive scales rounded to the nearest positive finite number of their storage dtype, as float32."""
-    info = jnp.finfo(dtype)
-    return jnp.clip(scale, float(info.smallest_subnormal), float(info.max)).astype(dtype).astype(jnp.float32)
+    return rounded(jnp.maximum(scale, float(jnp.finfo(dtype).smallest_subnormal)), dtype)
 
 
 def _range_grid(low: jax.Array, high: jax.Array, bits: int, symmetric: bool, dtype: str) -> tuple[jax.Array, jax.Array]:

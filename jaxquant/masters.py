@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import grid, trees
+from jaxquant.packing import saturate
 from jaxquant.tensors import CodebookTensor, UniformTensor
 
 
@@ -41,13 +42,12 @@ class Master:
     def store(self) -> jax.Array | UniformTensor:
         """Returns the array in its storage dtype, or the integers and their scales."""
         if self.bits is None:
-            largest = float(jnp.finfo(self.dtype).max)
-            return jnp.clip(self.value, -largest, largest).astype(self.dtype)
+            return saturate(self.value, self.dtype)
         assert self.scale is not None
         top = 2 ** (self.bits - 1) - 1
         high, low = self.value.max(-1, keepdims=True), self.value.min(-1, keepdims=True)
         span = jnp.maximum(high / top, -low / (top + 1))
-        scale = jnp.minimum(jnp.maximum(self.scale, span), float(jnp.finfo(self.dtype).max)).astype(self.dtype)
+        scale = saturate(jnp.maximum(self.scale, span), self.dtype)
         return grid.symmetric_tensor(self.value, scale, self.bits)
 
     def rounded(self) -> jax.Array:

@@ -88,7 +88,20 @@ def pack(values: jax.Array, bits: int) -> PackedArray:
     return PackedArray(stream[..., : -(-length * bits // 32)], bits, length)
 
 
+def rounded(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Returns what `x` is once it was stored in a narrower dtype, float32; numbers beyond its range become its largest.
+
+    The rounding is spelled out, because XLA may drop a conversion and its inverse: on GPUs it does.
+    """
+    info = jnp.finfo(dtype)
+    x = jnp.clip(x.astype(jnp.float32), -float(info.max), float(info.max))
+    near = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=info.nmant)
+    if info.nexp < 8:  # below the normal numbers of a narrower exponent the spacing is constant
+        step = float(info.smallest_subnormal)
+        near = jnp.where(jnp.abs(x) < float(info.smallest_normal), jnp.round(x / step) * step, near)
+    return near
+
+
 def saturate(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Returns floats in a narrower dtype; what lies beyond its range becomes its largest number instead of infinity."""
-    largest = float(jnp.finfo(dtype).max)
-    return jnp.clip(x, -largest, largest).astype(dtype)
+    """Returns floats in a narrower dtype; numbers beyond its range become its largest instead of infinity."""
+    return rounded(x, dtype).astype(dtype)

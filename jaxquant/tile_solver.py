@@ -16,6 +16,7 @@ from jaxquant import linalg, sweep, tiles
 from jaxquant.allocate import allocate
 from jaxquant.codebook import solve_shared
 from jaxquant.outliers import largest
+from jaxquant.packing import rounded
 from jaxquant.problem import LayerProblem, row_objective
 from jaxquant.tensors import OutlierTensor, QuantizedTensor, with_outliers
 
@@ -142,7 +143,7 @@ def _fit_scales(weight: jax.Array, count: int) -> Scaled:
 def _stored(scale: jax.Array, dtype) -> jax.Array:
     """Scales as their storage dtype will hold them, float32: positive ones stay so, zero stays zero."""
     info = jnp.finfo(dtype)
-    stored = jnp.clip(scale, float(info.smallest_normal), float(info.max)).astype(dtype).astype(jnp.float32)
+    stored = rounded(jnp.maximum(scale, float(info.smallest_normal)), dtype)
     return jnp.where(scale > 0, stored, 0)
 
 
@@ -204,7 +205,7 @@ def _learn(state: _State, codec: Codec, weight, hessian, scaled: Scaled, width: 
         return fixed + row[:, None] * unit * levels[index]
 
     change = solve_shared(weight - state.value, index, state.row[:, None] * unit, hessian, count, _CG_STEPS)
-    moved = (state.levels[:count] + change).astype(jnp.float16).astype(jnp.float32)
+    moved = rounded(state.levels[:count] + change, jnp.float16)
     levels = state.levels.at[:count].set(moved)
     before, after = (row_objective(weight - decode(x, state.row), hessian).sum() for x in (state.levels, levels))
     levels = jnp.where(after < before, levels, state.levels)

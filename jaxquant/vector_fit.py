@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import beam, vector_sweep
-from jaxquant.packing import saturate
+from jaxquant.packing import rounded
 from jaxquant.problem import row_objective
 from jaxquant.vector import block_of_vector, collect, decode, entry_index, inverse_curvature, rounded_books
 from jaxquant.vector_sweep import diagonal_blocks, from_vectors
@@ -137,7 +137,7 @@ def fit_books(weight: jax.Array, code: VectorCode, hessian: jax.Array, *, bits: 
 def fit_scale(weight: jax.Array, code: VectorCode, hessian: jax.Array, dtype: str) -> jax.Array:
     """Least squares for the row scales, rounded to `dtype`; the old scale where that does not lower a row's objective."""
     value = decode(*code)
-    new = saturate(code.scale * solve_scale(weight, value, hessian), dtype).astype(jnp.float32)
+    new = rounded(code.scale * solve_scale(weight, value, hessian), dtype)
     # A scale that vanishes or turns negative would leave sweeps without a target.
     new = jnp.where(new > 0, new, code.scale)
     after = row_objective(weight - value * (new / code.scale)[:, None], hessian)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from jaxquant.packing import WIDTHS, PackedArray, pack
+from jaxquant.packing import WIDTHS, PackedArray, pack, rounded, saturate
 
 
 def bit_stream(row, bits):
@@ -44,3 +44,17 @@ def test_batches_under_vmap_and_jit():
 def test_refuses_other_widths(bits):
     with pytest.raises(ValueError, match="bits: expected an integer from 1 to 16"):
         pack(jnp.zeros((4,), jnp.uint8), bits)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float32"])
+def test_rounding_is_that_of_storage(dtype):
+    """Without a conversion that a compiler could drop: normal numbers, subnormal ones, zeros, ties, beyond the range."""
+    info = jnp.finfo(dtype)
+    rng = np.random.default_rng(0)
+    spread = rng.standard_normal(4000) * np.exp2(rng.uniform(-40, 20, 4000))
+    ties = np.arange(64) * float(info.smallest_normal) / 2 ** (info.nmant + 1) if info.nexp < 8 else np.zeros(1)
+    x = np.concatenate([spread, ties, -ties, [0.0, -0.0, 1.0, 1e30, -1e30]]).astype(np.float32)
+    expected = np.clip(x, -float(info.max), float(info.max)).astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(rounded(jnp.asarray(x), dtype), expected)
+    assert saturate(jnp.asarray(x), dtype).dtype == dtype
+    assert dtype == "float32" or f"new_dtype={dtype}" not in str(jax.make_jaxpr(lambda v: rounded(v, dtype))(x))

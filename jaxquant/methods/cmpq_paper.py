@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxquant import codebook
 from jaxquant.outliers import largest
-from jaxquant.packing import pack
+from jaxquant.packing import pack, saturate
 from jaxquant.problem import LayerProblem
 from jaxquant.tensors import CodebookTensor, ConcatTensor, OutlierTensor, pack_order, with_outliers
 
@@ -97,7 +97,7 @@ def channel_norms(problem: LayerProblem, average_bits: float, share: float) -> O
 
     def cluster(keep):
         tables = [codebook.fit_rows(points[a:b], keep[a:b].astype(jnp.float32), 2**bits) for a, b, bits in edges]
-        tables = [table.astype(jnp.float16) for table in tables]
+        tables = [saturate(table, jnp.float16) for table in tables]
         codes = [
             codebook.assign_rows(points[a:b], t.astype(jnp.float32)) for (a, b, _), t in zip(edges, tables, strict=True)
         ]

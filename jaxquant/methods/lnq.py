@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxquant import codebook, linalg, sweep
 from jaxquant.methods.settings import Order, check_choice, check_integers, column_order
-from jaxquant.packing import pack
+from jaxquant.packing import pack, rounded
 from jaxquant.problem import LayerProblem, check, revive, row_objective
 from jaxquant.tensors import CodebookTensor
 
@@ -73,8 +73,7 @@ def _rounding(levels: jax.Array) -> sweep.Rounding:
 
 def _stored(levels: jax.Array, dtype: str) -> jax.Array:
     """Levels as the tensor will hold them, in increasing order, float32."""
-    limit = float(jnp.finfo(dtype).max)
-    return jnp.sort(jnp.clip(levels, -limit, limit).astype(dtype).astype(jnp.float32), axis=1)
+    return jnp.sort(rounded(levels, dtype), axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxquant import grid, linalg, outliers, sweep
 from jaxquant.methods.settings import GridConfig, Order, check_choice, check_integers, column_order
 from jaxquant.outliers import ColumnOutlierTensor
-from jaxquant.packing import saturate
+from jaxquant.packing import rounded, saturate
 from jaxquant.problem import LayerProblem, check, revive
 from jaxquant.tensors import OutlierTensor, with_outliers
 
@@ -114,7 +114,7 @@ def quantease_outlier(
             lambda s: s,
             stepped,
         )
-        stepped = saturate(stepped, config.storage_dtype).astype(jnp.float32)
+        stepped = rounded(stepped, config.storage_dtype)
         return codes, value, jnp.where(last, sparse, stepped)
 
     codes, _, sparse = jax.lax.fori_loop(0, config.iterations, iterate, (codes, value, sparse))
