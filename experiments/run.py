@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +40,7 @@ class Arguments:
       model: model of a whole-model experiment.
       calibration: its calibration text.
       text: its evaluation text.
-      only: run only methods whose name holds this.
+      only: run only the method of this name, or, if there is none, those whose name holds it.
       results: where results go.
       shared: other work runs on the device, so seconds would mean nothing: whole-model results are stored without.
     """
@@ -53,6 +53,11 @@ class Arguments:
     only: str = ""
     results: Path = RESULTS
     shared: bool = False
+
+
+def wanted(only: str, name: str, methods: Container[str]) -> bool:
+    """Whether `--only` asks for a method."""
+    return name == only if only in methods else only in name
 
 
 def stored(args: Arguments, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
@@ -96,7 +101,7 @@ def run_layers(args: Arguments, experiment: Layers) -> None:
         problem = load_problem(path)
         data = hashlib.sha256(path.read_bytes()).hexdigest()
         for name, config in experiment.methods.items():
-            if args.only not in name:
+            if not wanted(args.only, name, experiment.methods):
                 continue
             settings = {"model": path.stem, "method": name, "config": describe_config(config), "data": data}
 
@@ -119,7 +124,7 @@ def run_model(args: Arguments, experiment: WholeModel) -> None:
     """Quantizes a model by each method and measures perplexity and KL."""
     task = models.open_task(args.model, args.calibration, args.text, experiment.sequences, experiment.length)
     for name, config in experiment.methods.items():
-        if args.only not in name:
+        if not wanted(args.only, name, experiment.methods):
             continue
 
         def measure(name=name, config=config):
@@ -152,7 +157,7 @@ def run_speed(args: Arguments, experiment: Speed) -> None:
     for n in experiment.sizes:
         problem = square_problem(n, experiment.tokens)
         for name, config in experiment.methods.items():
-            if args.only not in name:
+            if not wanted(args.only, name, experiment.methods):
                 continue
 
             def measure(problem=problem, config=config):

@@ -1,5 +1,6 @@
 """Trellis codes: against brute force, their constants against a fresh measurement, the method against scalar levels."""
 
+import functools
 import itertools
 
 import jax
@@ -141,9 +142,8 @@ def test_settings_are_checked(bad):
         TrellisConfig(**bad)
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_the_gpu_kernel_finds_the_same_paths(given):
-    """In interpret mode: every width, a shorter ring, a run too short to close."""
+def kernel_arguments(given):
+    """Every width, a shorter ring, a run too short to close."""
     runs = trellis.rings((20, 19, 20, 20, 20, 20, 20, 20, 20, 5), BITS)
     width = np.asarray([0, 1, 2, 3, 4, 5, 6, 7, 8, 2])
     count, m = runs.row.shape
@@ -152,7 +152,22 @@ def test_the_gpu_kernel_finds_the_same_paths(given):
     moves = jnp.asarray(np.where(runs.valid, width[:, None], 0), jnp.int32)
     ends = jnp.asarray(RNG.integers(0, 2**BITS, count), jnp.int32) if given else None
     floats = (jnp.asarray(x, jnp.float32) for x in (target, weight))
-    arguments = (*floats, moves, jnp.asarray(values, jnp.float32), ends, jnp.asarray(runs.closed))
+    return runs, (*floats, moves, jnp.asarray(values, jnp.float32), ends, jnp.asarray(runs.closed))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_gpu_kernel_finds_the_same_paths(given):
+    """In interpret mode."""
+    runs, arguments = kernel_arguments(given)
     expected = reference.paths(*arguments, widest=8)
     found = gpu.paths(*arguments, widest=8, interpret=True)
     np.testing.assert_array_equal(np.where(runs.valid, found, 0), np.where(runs.valid, expected, 0))
+
+
+def test_the_gpu_kernel_compiles_for_cuda():
+    """As far as a machine without a GPU can tell: down to Triton's language."""
+    _, arguments = kernel_arguments(given=False)
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        traced = jax.jit(functools.partial(gpu.paths, widest=8)).trace(*arguments)
+        assert "__gpu$xla.gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
