@@ -151,7 +151,7 @@ EXPERIMENTS: dict[str, Layers | WholeModel | Speed | Tuning] = {
             **{f"trellis {b} bits over layers": Allocated(TrellisConfig(), b) for b in (2.06, 2.56, 3.06, 4.06)},
             "gptq 3-bit over layers": Allocated(GPTQConfig(3), 3.0278),
             "gptvq 2D 3-bit": GPTVQConfig(3, 2),
-            "gptvq 2D 3-bit ordered": GPTVQConfig(3, 2, order="variance"),
+            "gptvq 2D 3-bit ordered": GPTVQConfig(3, 2, order="variance", iterations=100, rounds=15),
             "aqlm 2x8 g8": AQLMConfig(),
             "lnq 3-bit": LNQConfig(3),
         }

@@ -64,9 +64,9 @@ class GPTVQConfig:
     column_scale: bool = True
     order: VectorOrder = "natural"
     codebooks: Literal["static", "running"] = "static"
-    iterations: int = 30
-    rounds: int = 6
-    sweeps: int = 2
+    iterations: int = 40
+    rounds: int = 9
+    sweeps: int = 1
     steps: int = 5
     window: int = 8
     beam_size: int = 8
