@@ -1,0 +1,227 @@
+"""A small language for decoders on GPUs: 32-bit registers of a warpgroup's 128 threads, and fragments of the tensor cores.
+
+Pallas has no gathers from shared memory by arbitrary threads, no packed 16-bit arithmetic and no byte permutation, so
+decoders are written in these few operations and placed into a kernel with `inline_mgpu`. Being a language, it can be
+evaluated by other means too: the tests run the decoders with numpy.
+
+A fragment is what `wgmma` takes as its left operand from registers: 64 rows of a warpgroup's weights by some columns of
+16 bits. Thread (warp w, r = lane // 4, c = lane % 4) has pairs of values in registers [block][k][h]: rows 16 w + r + 8 h
+of a block of 64, columns 8 k + 2 c and 8 k + 2 c + 1. Which weights these rows and columns stand for is free, as long as
+the inputs' columns and the outputs' rows follow. All decoders give a thread consecutive rows, so that it reads their
+codes at once: `Registers.first_row`.
+"""
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array, utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+WARPGROUP = 128
+FRAGMENT_ROWS = 64
+# Type of a scalar argument of `inline_mgpu`.
+SCALAR = plgpu.Layout.WG_SPLAT(())
+
+Register = Any
+# Registers [block][column // 8][h] of fragments.
+Pairs = list[list[list[Register]]]
+
+
+class Registers:
+    """Operations on one 32-bit register per thread, as MLIR."""
+
+    def constant(self, value: int) -> Register:
+        """The same bits in all threads."""
+        i32 = ir.IntegerType.get_signless(32)
+        return arith.constant(i32, ir.IntegerAttr.get(i32, value - 2**32 if value >= 2**31 else value))
+
+    def thread(self) -> Register:
+        """Index within the warpgroup."""
+        return self.mask(utils.thread_idx(), WARPGROUP - 1)
+
+    def first_row(self, blocks: int) -> Register:
+        """First of the 2 * blocks rows of a thread; the row of [block][k][h] is this + 2 * block + h."""
+        return self.times(self.shift(self.thread(), 2), 2 * blocks)
+
+    def add(self, a: Register, b: Register) -> Register:
+        """A + b, modulo 2**32."""
+        return arith.addi(a, b)
+
+    def times(self, a: Register, factor: int) -> Register:
+        """A * factor, modulo 2**32."""
+        return arith.muli(a, self.constant(factor))
+
+    def shift(self, a: Register, right: int) -> Register:
+        """A shifted to the right by so many bits, to the left if negative."""
+        if right < 0:
+            return arith.shli(a, self.constant(-right))
+        return arith.shrui(a, self.constant(right)) if right else a
+
+    def mask(self, a: Register, mask: int) -> Register:
+        """A & mask."""
+        return arith.andi(a, self.constant(mask))
+
+    def either(self, a: Register, b: Register) -> Register:
+        """A | b."""
+        return arith.ori(a, b)
+
+    def least(self, a: Register, most: int) -> Register:
+        """The smaller of a and most, unsigned."""
+        return arith.minui(a, self.constant(most))
+
+    def packed(self, operation: str, a: Register, b: Register) -> Register:
+        """Arithmetic on two values of 16 bits: the name is that of PTX."""
+        return utils.inline_ptx(f"{operation} $0, $1, $2;", a, b, result_types=a.type)
+
+    def permute(self, a: Register, b: Register, selector: Register) -> Register:
+        """Bytes of a (0 to 3) and b (4 to 7) that the four lowest nibbles of the selector name; their top bits are 0."""
+        return utils.inline_ptx("prmt.b32 $0, $1, $2, $3;", a, b, selector, result_types=a.type)
+
+    def load(self, address: Register, words: int, offset: int, *, constant: bool = False) -> list[Register]:
+        """Words of shared memory at address + offset bytes; half a word for words = 0.
+
+        `constant` memory does not change while the kernel computes, so such loads may be moved.
+        """
+        i32 = ir.IntegerType.get_signless(32)
+        options = {"result_types": (i32,) * max(1, words), "has_side_effects": not constant}
+        if not words:
+            half = f"{{.reg .u16 t; ld.shared.u16 t, [$1+{offset}]; cvt.u32.u16 $0, t;}}"
+            return list(utils.inline_ptx(half, address, **options))
+        names = ",".join(f"${i}" for i in range(words))
+        names, width = (f"{{{names}}}", f".v{words}") if words > 1 else (names, "")
+        return list(utils.inline_ptx(f"ld.shared{width}.b32 {names}, [${words}+{offset}];", address, **options))
+
+    def store(self, address: Register, values: list[Register]) -> None:
+        """Stores four words to shared memory."""
+        utils.inline_ptx("st.shared.v4.b32 [$0], {$1,$2,$3,$4};", address, *values)
+
+    def load_global(self, ref: Any, offset: Register, words: int) -> list[Register]:
+        """Words of an array in device memory that the kernel does not write, at an offset in bytes."""
+        i32 = ir.IntegerType.get_signless(32)
+        names = ",".join(f"${i}" for i in range(words))
+        names, width = (f"{{{names}}}", f".v{words}") if words > 1 else (names, "")
+        where = pointer(ref, offset)
+        return list(
+            utils.inline_ptx(f"ld.global.nc{width}.b32 {names}, [${words}];", where, result_types=(i32,) * words)
+        )
+
+
+def address(ref: Any) -> Register:
+    """Where a reference to shared memory starts, as a register."""
+    return llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(ref))
+
+
+def pointer(ref: Any, offset: Register) -> Any:
+    """A 64-bit address in device memory: a reference's start and an offset of up to 2**32 bytes."""
+    i64 = ir.IntegerType.get_signless(64)
+    return _plus(llvm.ptrtoint(i64, utils.memref_ptr(ref)), arith.extui(i64, offset))
+
+
+def _plus(a: Any, b: Any) -> Any:
+    return llvm.add(a, b, overflow_flags=llvm.IntegerOverflowFlags.none)
+
+
+def fragment_type(blocks: int, columns: int, dtype: Any) -> Any:
+    """Return type of `inline_mgpu` for an array [64 * blocks, columns] in fragments."""
+    return plgpu.ShapeDtypeStruct((FRAGMENT_ROWS * blocks, columns), dtype, layout=plgpu.Layout.WGMMA)
+
+
+def fragment(pairs: Pairs, dtype: jax.typing.DTypeLike) -> mgpu.FragmentedArray:
+    """Registers as an array [64 * blocks, columns] in fragments."""
+    layout, kind = fragmented_array.WGMMA_LAYOUT, ir.VectorType.get((2,), utils.dtype_to_ir_type(dtype))
+    flat = np.empty(len(pairs) * len(pairs[0]) * 2, dtype=object)
+    flat[:] = [utils.bitcast(x, kind) for block in pairs for column in block for x in column]
+    shape = layout.registers_shape((FRAGMENT_ROWS * len(pairs), 8 * len(pairs[0])))
+    return mgpu.FragmentedArray(_registers=flat.reshape(shape), _layout=layout, _is_signed=None)
+
+
+def scalar(array: mgpu.FragmentedArray) -> Register:
+    """The register of a scalar argument of `inline_mgpu`."""
+    return array.registers.item()
+
+
+def accumulators(array: mgpu.FragmentedArray) -> dict[tuple[int, int, int], list[Any]]:
+    """Values of float32 [64 * blocks, tokens] in fragments: {(block, tokens // 8, h): [two tokens]}."""
+    blocks, tokens = array.shape[0] // FRAGMENT_ROWS, array.shape[1] // 8
+    registers, values = array.registers.reshape(blocks, tokens, 2, -1), {}
+    for place in np.ndindex(blocks, tokens, 2):
+        parts = [(x, i) for x in registers[place] for i in range(ir.VectorType(x.type).shape[0])]
+        values[place] = [vector.extract(x, dynamic_position=[], static_position=[i]) for x, i in parts]
+    return values
+
+
+def _floats(register: Register, dtype: jax.typing.DTypeLike) -> list[Any]:
+    """The float32 values of one or two numbers in a register."""
+    f32, i32 = ir.F32Type.get(), register.type
+    if dtype == jnp.float32:
+        return [utils.bitcast(register, f32)]
+    if dtype == jnp.bfloat16:
+        low, high = arith.shli(register, utils.c(16, i32)), arith.andi(register, utils.c(-(2**16), i32))
+        return [utils.bitcast(low, f32), utils.bitcast(high, f32)]
+    halves = utils.bitcast(register, ir.VectorType.get((2,), ir.F16Type.get()))
+    return [arith.extf(f32, vector.extract(halves, dynamic_position=[], static_position=[i])) for i in range(2)]
+
+
+def add_scaled(
+    sums: mgpu.FragmentedArray, part: mgpu.FragmentedArray, start: Register, dtype: jax.typing.DTypeLike
+) -> mgpu.FragmentedArray:
+    """Sums + scale * part, float32 [64 * blocks, tokens] in fragments.
+
+    Args:
+      sums: what is added to.
+      part: what is multiplied.
+      start: address in shared memory of a scale for each of the rows.
+      dtype: of the scales.
+    """
+    r, blocks = Registers(), sums.shape[0] // FRAGMENT_ROWS
+    size = jnp.dtype(dtype).itemsize
+    words = r.load(r.add(start, r.times(r.first_row(blocks), size)), 2 * blocks * size // 4, 0)
+    scales = [value for word in words for value in _floats(word, dtype)]
+    mine, theirs = (x.registers.reshape(blocks, sums.shape[1] // 8, 2, -1) for x in (sums, part))
+    result = np.empty_like(mine)
+    for place, a in np.ndenumerate(mine):
+        scale, b = scales[2 * place[0] + place[2]], theirs[place]
+        values = []
+        for i in range(ir.VectorType(a.type).shape[0]):
+            pair = (vector.extract(x, dynamic_position=[], static_position=[i]) for x in (b, a))
+            values.append(utils.inline_ptx("fma.rn.f32 $0, $1, $2, $3;", scale, *pair, result_types=scale.type))
+        result[place] = vector.from_elements(a.type, values)
+    registers = result.reshape(sums.registers.shape)
+    return mgpu.FragmentedArray(_registers=registers, _layout=sums.layout, _is_signed=None)
+
+
+def store_rows(
+    array: mgpu.FragmentedArray, ref: Any, part: Register, token: Register, row: Register, *, tokens: int, rows: int
+) -> None:
+    """Writes float32 accumulators [64 * blocks, tokens at once] to device memory [parts, tokens, rows].
+
+    Args:
+      array: accumulators; a thread's rows are consecutive, see `Registers.first_row`.
+      ref: [parts, tokens, rows].
+      part: first index of `ref`.
+      token: of the array's first column.
+      row: of the array's first row.
+      tokens: what is beyond is not written.
+      rows: even with one block, otherwise a multiple of 4; what is beyond is not written.
+    """
+    i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+    r, values, blocks = Registers(), accumulators(array), array.shape[0] // FRAGMENT_ROWS
+    row = r.add(row, r.first_row(blocks))
+    token = r.add(token, r.times(r.mask(r.thread(), 3), 2))
+    start, below = llvm.ptrtoint(i64, utils.memref_ptr(ref)), arith.CmpIPredicate.slt
+    for eight, e in np.ndindex(array.shape[1] // 8, 2):
+        t = r.add(token, r.constant(8 * int(eight) + int(e)))
+        inside = arith.andi(arith.cmpi(below, row, r.constant(rows)), arith.cmpi(below, t, r.constant(tokens)))
+        line = arith.muli(arith.extui(i64, r.add(arith.muli(part, utils.c(tokens, i32)), t)), utils.c(4 * rows, i64))
+        where = _plus(start, _plus(line, arith.extui(i64, r.times(row, 4))))
+        mine = [values[b, eight, h][e] for b in range(blocks) for h in range(2)]
+        for first in range(0, len(mine), 4):
+            some = mine[first : first + 4]
+            names = ",".join(f"${1 + i}" for i in range(len(some)))
+            ptx = f"st.global.v{len(some)}.f32 [$0+{4 * first}], {{{names}}};"
+            utils.inline_ptx(ptx, where, *some, predicate=inside)
