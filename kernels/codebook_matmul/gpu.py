@@ -22,7 +22,6 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, nvvm
-from jaxlib.mlir.dialects import math as mlir_math
 
 from jaxquant.kernels import gpu_threads as t
 from jaxquant.kernels.codebook_matmul.layout import LANES, SET
@@ -327,7 +326,9 @@ class _Thread:
             index = t.add(self.thread, start)
             local = t.add(t.mul(self.block, plan.share), index)
             output = t.add(self.first_output, local)
-            mine = arith.andi(t.less(index, plan.share), arith.andi(t.less(local, config.width), t.less(output, plan.out)))
+            mine = arith.andi(
+                t.less(index, plan.share), arith.andi(t.less(local, config.width), t.less(output, plan.out))
+            )
             with t.utils.when(mine):
                 for token in range(plan.chunk):
                     self.finish(local, output, token)
