@@ -31,6 +31,11 @@ def add(*terms: Int) -> ir.Value:
     return functools.reduce(arith.addi, map(i32, terms))
 
 
+def sub(a: Int, b: Int) -> ir.Value:
+    """Difference of integers."""
+    return arith.subi(i32(a), i32(b))
+
+
 def mul(a: Int, b: Int) -> ir.Value:
     """Product of integers."""
     return arith.muli(i32(a), i32(b))

@@ -30,7 +30,7 @@ WARPGROUP, WARP = 128, 32
 ROW_BYTES = 4 * SET  # of a table: the partial products of one code with all slots of a set
 TABLE_BYTES = 256 * ROW_BYTES
 TABLES = 3  # that fit in shared memory
-BLOCKS = 128  # that run at once: clusters of 8 on a GPU of 132 multiprocessors
+CLUSTERS = 15  # of 8 blocks that run at once on 132 multiprocessors, some of which have no 7 neighbours free
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +41,18 @@ class BlockConfig:
       warpgroups: of 128 threads in a block.
       cluster: blocks that divide the inputs.
       sets: sets of slots in a pass.
+      teams: of warpgroups that divide the sets of a pass; a thread has an output and the sets of its team.
       width: outputs of a cluster, a multiple of 32.
+      ahead: loads of a thread that are under way, each of an output's codes of the sets of a team.
       overlap: start while the kernel before is finishing; its results are awaited before anything but codes is touched.
     """
 
     warpgroups: int
     cluster: int
     sets: int
+    teams: int
     width: int
+    ahead: int = 1
     overlap: bool = True
 
 
@@ -86,8 +90,18 @@ class _Plan:
         return -(-self.total_sets // (self.config.cluster * self.config.sets))
 
     @property
+    def members(self) -> int:
+        """Threads of a team."""
+        return self.threads // self.config.teams
+
+    @property
+    def own_sets(self) -> int:
+        """Sets of a team in a pass."""
+        return self.config.sets // self.config.teams
+
+    @property
     def tiles(self) -> int:
-        return -(-self.config.width // self.threads)
+        return -(-self.config.width // self.members)
 
     @property
     def share(self) -> int:
@@ -111,7 +125,11 @@ class _Thread:
         self.scale = scale[0] if scale else None
         self.thread = t.utils.thread_idx()
         self.lane = t.bits_and(self.thread, WARP - 1)
-        self.warp = t.shift_right(self.thread, 5)
+        self.warp = t.utils.warp_idx(sync=True)
+        self.team, self.member = t.i32(0), self.thread
+        if plan.config.teams > 1:
+            self.team = arith.divui(self.warp, t.i32(plan.members // WARP))
+            self.member = t.sub(self.thread, t.mul(self.team, plan.members))
         self.row, self.column = t.shift_right(self.lane, 2), t.bits_and(self.lane, 3)  # in fragments of matrices
         self.first_output = t.mul(self.cluster, plan.config.width)
         # Bytes lane ^ i of four steps i in one word, times four: places in a row of a table.
@@ -125,7 +143,9 @@ class _Thread:
         """Everything."""
         plan = self.plan
         entries = self.load_entries()
-        words = self.load_words(t.i32(0))
+        steps, ahead = plan.passes * plan.tiles, plan.config.ahead
+        unit = 16 * plan.own_sets
+        words = [word for i in range(ahead) for word in self.load_words(t.i32(min(i, steps - 1)))]
 
         def one_pass(index, words):
             inputs = self.load_inputs(index)
@@ -135,9 +155,9 @@ class _Thread:
 
             def tile(i, words):
                 step = t.add(t.mul(index, plan.tiles), i)
-                ahead = self.load_words(t.least(t.add(step, 1), plan.passes * plan.tiles - 1))
-                self.accumulate(index, i, self.look_up(words))
-                return ahead
+                new = self.load_words(t.least(t.add(step, ahead), steps - 1))
+                self.accumulate(index, i, self.look_up(words[:unit]))
+                return words[unit:] + new
 
             return t.loop(plan.tiles, tile, words)
 
@@ -145,14 +165,15 @@ class _Thread:
         self.reduce()
 
     def load_words(self, step: ir.Value) -> list[ir.Value]:
-        """Words of this thread's output and a pass's sets, for step = pass * tiles + tile."""
+        """Words of this thread's output and its team's sets, for step = pass * tiles + tile."""
         plan = self.plan
         index, tile = arith.divui(step, t.i32(plan.tiles)), arith.remui(step, t.i32(plan.tiles))
-        output = t.add(self.first_output, t.least(t.add(t.mul(tile, plan.threads), self.thread), plan.config.width - 1))
+        output = t.add(self.first_output, t.least(t.add(t.mul(tile, plan.members), self.member), plan.config.width - 1))
         output = t.least(output, plan.out - 1)
         first = t.mul(t.add(t.mul(self.block, plan.passes), index), plan.config.sets)
+        first = t.add(first, t.mul(self.team, plan.own_sets))
         words = []
-        for s in range(plan.config.sets):
+        for s in range(plan.own_sets):
             own = t.add(first, s)
             if self.padded:
                 own = t.least(own, plan.total_sets - 1)
@@ -284,6 +305,7 @@ class _Thread:
     def look_up(self, words: list[ir.Value]) -> list[ir.Value]:
         """Sums of the partial products that a unit of words names, one per token."""
         plan = self.plan
+        tables = t.at(self.tables, t.mul(self.team, plan.own_sets * TABLE_BYTES))
         sums: list[list[Any]] = [[None] * 4 for _ in range(plan.chunk)]
         for i, word in enumerate(words):
             s, half, q = i // 16, i // 8 % 2, i % 8
@@ -292,26 +314,27 @@ class _Thread:
                 place = t.permute(word, self.places[q], (4 + j) | j << 4 | (12 + j) << 8 | (12 + j) << 12)
                 for token in range(plan.chunk):
                     table = (token * plan.config.sets + s) * TABLE_BYTES + 128 * half
-                    (found,) = t.load(t.at(self.tables, place, table), jnp.float32)
+                    (found,) = t.load(t.at(tables, place, table), jnp.float32)
                     old = sums[token][j]
                     sums[token][j] = found if old is None else arith.addf(old, found)
         return [arith.addf(arith.addf(a, b), arith.addf(c, d)) for a, b, c, d in sums]
 
     def accumulate(self, index: ir.Value, tile: ir.Value, found: list[ir.Value]) -> None:
-        """Adds to this block's sums, [token, output]."""
+        """Adds to this block's sums, [token, team, output]."""
         width = self.plan.config.width
-        output = t.add(t.mul(tile, self.plan.threads), self.thread)
+        output = t.add(t.mul(tile, self.plan.members), self.member)
+        place = t.add(output, t.mul(self.team, width))
         first = t.less(index, 1)
 
         def add():
             for token, value in enumerate(found):
-                address = t.at(self.sums, t.mul(output, 4), 4 * width * token)
+                address = t.at(self.sums, t.mul(place, 4), 4 * width * self.plan.config.teams * token)
                 if self.plan.passes > 1:
                     (old,) = t.load(address, jnp.float32)
                     value = arith.addf(value, t.select(first, t.constant(0.0), old))
                 t.store(value, address)
 
-        if width % self.plan.threads:
+        if width % self.plan.members:
             with t.utils.when(t.less(output, width)):
                 add()
         else:
@@ -339,8 +362,12 @@ class _Thread:
     def finish(self, local: ir.Value, output: ir.Value, token: int) -> None:
         """Writes one output of one token."""
         plan = self.plan
-        address = t.at(self.sums, t.mul(local, 4), 4 * plan.config.width * token)
-        parts = [t.load(t.of_block(address, rank), jnp.float32)[0] for rank in range(plan.config.cluster)]
+        teams = plan.config.teams
+        parts = []
+        for rank in range(plan.config.cluster):
+            for team in range(teams):
+                address = t.at(self.sums, t.mul(local, 4), 4 * plan.config.width * (teams * token + team))
+                parts += t.load(t.of_block(address, rank), jnp.float32)
         value = functools.reduce(arith.addf, parts)
         if plan.scale == "rows":
             kind = plan.dtypes["scale"]
@@ -377,8 +404,12 @@ def block_config(total_sets: int, out: int, chunk: int) -> BlockConfig:
     """The division of work that was fastest on an H200."""
     cluster = 8
     sets = max(1, min(TABLES // chunk, 2, -(-total_sets // cluster)))
-    width = -(-out * cluster // (BLOCKS * LANES)) * LANES
-    return BlockConfig(4, cluster, sets, min(max(width, LANES), 4096))
+    width = _up(-(-out // CLUSTERS), LANES)
+    return BlockConfig(4, cluster, sets, 1, min(width, 4096))
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 def lookup_matmul(
@@ -424,7 +455,7 @@ def lookup_matmul(
         thread_name="warpgroup",
         scratch_types=[
             plgpu.SMEM((config.sets * chunk * TABLE_BYTES // 4,), jnp.float32),
-            plgpu.SMEM((chunk * config.width,), jnp.float32),
+            plgpu.SMEM((chunk * config.teams * config.width,), jnp.float32),
         ],
         kernel_name="lookup_matmul",
     )
