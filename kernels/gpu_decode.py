@@ -60,17 +60,27 @@ class BlockConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """What is read at each step of an array [rows, out]: `copies` times `rows` rows, for the outputs of a tile.
+    """What is read at each step of an array [rows, out * width]: `copies` times `rows` rows, for the outputs of a tile.
 
     Attributes:
-      array: [rows, out], with out * itemsize a multiple of 16.
+      array: its rows are a multiple of 16 bytes.
       rows: of a copy.
       copies: per step.
+      width: elements per output.
     """
 
     array: jax.Array
     rows: int
     copies: int = 1
+    width: int = 1
+
+    def pieces(self, outputs: int) -> int:
+        """Copies of at most 256 elements of a row that a tile of outputs takes."""
+        return pl.cdiv(outputs * self.width, _TMA_BOX)
+
+    def piece(self, outputs: int) -> int:
+        """Elements of such a copy's rows."""
+        return outputs * self.width // self.pieces(outputs)
 
 
 class Decoder(Protocol):
@@ -127,17 +137,19 @@ class Step:
 
     Attributes:
       streams: addresses of the first of the warpgroup's outputs in the first copy's first row.
-      pitches: bytes from a row to the next, and from a copy to the next.
+      pitches: bytes from a row to the next, from a copy to the next, and from a piece of outputs to the next.
       shared: addresses of `Decoder.shared`.
       tables: references to device memory.
       row: first output of the warpgroup.
+      step: of the weight's.
     """
 
     streams: Sequence[Any]
-    pitches: Sequence[tuple[int, int]]
+    pitches: Sequence[tuple[int, int, int]]
     shared: Sequence[Any]
     tables: Sequence[Any]
     row: Any
+    step: Any
 
 
 def shares(tiles: int, steps: int, cores: int) -> tuple[int, np.ndarray]:
@@ -176,10 +188,11 @@ def matmul(
       streams: what is read step by step; the first are codes.
       tables: what is read otherwise.
       decoder: the format.
-      out: outputs, a multiple of 16.
+      out: outputs.
       config: sizes.
     """
-    tokens = len(x)
+    tokens, wanted = len(x), out
+    out += -out % 4  # threads write several at once
     x = jnp.pad(x, ((0, -tokens % 8), (0, -x.shape[1] % 64)))
     token_tiles = pl.cdiv(tokens, config.tokens)
     tiles = pl.cdiv(out, config.rows) * token_tiles
@@ -205,7 +218,7 @@ def matmul(
     total = y[0]
     for part in range(1, len(y)):
         total = total + jnp.where(jnp.asarray(held > part), y[part], 0)
-    return total
+    return total[:, :wanted]
 
 
 class _Kernel:
@@ -216,10 +229,9 @@ class _Kernel:
     def __init__(self, decoder, streams, num_tables, config, tokens, out, token_tiles, total, count):
         self.decoder, self.streams, self.num_tables, self.config = decoder, streams, num_tables, config
         self.tokens, self.out, self.token_tiles, self.total, self.count = tokens, out, token_tiles, total, count
-        self.pieces = pl.cdiv(config.rows, _TMA_BOX)
         self.fragments = decoder.calls * decoder.fragments
         stage = self.fragments * config.tokens * decoder.width * 2
-        stage += sum(s.copies * s.rows * config.rows * s.array.dtype.itemsize for s in streams)
+        stage += sum(s.copies * s.rows * config.rows * s.width * s.array.dtype.itemsize for s in streams)
         fixed = sum(math.prod(t.shape) * jnp.dtype(t.dtype).itemsize for t in decoder.shared())
         self.stages = min(config.stages, (SHARED - fixed) // stage)
         if self.stages < 2:
@@ -230,9 +242,12 @@ class _Kernel:
         config, width = self.config, self.decoder.width
         swizzle = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))
         inputs = plgpu.SMEM((self.stages, self.fragments, config.tokens, width), self.decoder.dtype, transforms=swizzle)
-        piece = config.rows // self.pieces
-        codes = [plgpu.SMEM((self.stages, s.copies, self.pieces, s.rows, piece), s.array.dtype) for s in self.streams]
-        copies = self.fragments + self.pieces * sum(s.copies for s in self.streams)
+        rows = config.rows
+        codes = [
+            plgpu.SMEM((self.stages, s.pieces(rows), s.copies, s.rows, s.piece(rows)), s.array.dtype)
+            for s in self.streams
+        ]
+        copies = self.fragments + sum(s.pieces(rows) * s.copies for s in self.streams)
         filled = plgpu.Barrier(num_arrivals=copies, num_barriers=self.stages)
         free = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=self.stages)
         return [inputs, codes, list(self.decoder.shared()), filled, free]
@@ -273,13 +288,13 @@ class _Kernel:
 
         row, token = self._place(lax.div(step, self.decoder.steps))
         step = lax.rem(step, self.decoder.steps)
-        piece = self.config.rows // self.pieces
         for number, (stream, ref, to) in enumerate(zip(self.streams, streams, codes, strict=True)):
+            piece = stream.piece(self.config.rows)
             for copy in range(stream.copies):
                 lines = pl.ds(self.decoder.stream_row(number, step, copy), stream.rows)
-                for p in range(self.pieces):
-                    source = ref.at[lines, pl.ds(row + p * piece, piece)]
-                    plgpu.copy_gmem_to_smem(source, to.at[slot, copy, p], filled.at[slot])
+                for p in range(stream.pieces(self.config.rows)):
+                    source = ref.at[lines, pl.ds(row * stream.width + p * piece, piece)]
+                    plgpu.copy_gmem_to_smem(source, to.at[slot, p, copy], filled.at[slot])
         for f in range(self.fragments):
             columns = pl.ds(self.decoder.column(step, f), self.decoder.width)
             source = x.at[pl.ds(token, self.config.tokens), columns]
@@ -300,27 +315,27 @@ class _Kernel:
 
         fill(list(tables), list(shared), group)
 
-    def _decode(self, call, codes, shared, tables, row):
+    def _decode(self, call, codes, shared, tables, row, step):
         """Fragments of a call; `codes` are references to the warpgroup's outputs of all streams' first copies."""
         decoder, config = self.decoder, self.config
         pitches = []
         for stream in self.streams:
-            line = config.rows // self.pieces * stream.array.dtype.itemsize
-            pitches.append((line, line * stream.rows * self.pieces))
+            line = stream.piece(config.rows) * stream.array.dtype.itemsize
+            pitches.append((line, line * stream.rows, line * stream.rows * stream.copies))
         kind = gr.fragment_type(config.blocks, decoder.width, decoder.dtype)
 
         @plgpu.inline_mgpu(
-            arg_types=(*([plgpu.RefType()] * len(refs) for refs in (codes, shared, tables)), gr.SCALAR),
+            arg_types=(*([plgpu.RefType()] * len(refs) for refs in (codes, shared, tables)), gr.SCALAR, gr.SCALAR),
             return_type=(kind,) * decoder.fragments,
         )
-        def decode(ctx, codes, shared, tables, row):
+        def decode(ctx, codes, shared, tables, row, step):
             del ctx
             addresses = [[gr.address(ref) for ref in refs] for refs in (codes, shared)]
-            state = Step(addresses[0], pitches, addresses[1], tables, gr.scalar(row))
+            state = Step(addresses[0], pitches, addresses[1], tables, gr.scalar(row), gr.scalar(step))
             pairs = decoder.decode(gr.Registers(), call, config.blocks, state)
             return tuple(gr.fragment(p, decoder.dtype) for p in pairs)
 
-        return decode(codes, list(shared), list(tables), row)
+        return decode(codes, list(shared), list(tables), row, step)
 
     def _tile(self, tile, start, stop, share, group, y, inputs, codes, shared, tables, filled, free):
         """Multiplies the steps of a tile that are within the share, and writes the sums."""
@@ -329,14 +344,13 @@ class _Kernel:
         first, last = lax.max(start, tile * decoder.steps), lax.min(stop, (tile + 1) * decoder.steps)
         row, token = self._place(tile)
         row = row + group * rows
-        groups = config.warpgroups // self.pieces  # per piece
-        piece, columns = lax.div(group, groups), pl.ds(lax.rem(group, groups) * rows, rows)
         kind = plgpu.ACC((rows, config.tokens), jnp.float32)
 
-        def fragments(slot):
-            mine = [ref.at[slot, 0, piece, :, columns] for ref in codes]
+        def fragments(slot, step):
+            step = step - tile * decoder.steps
+            mine = [self._mine(number, group, ref.at[slot], 0) for number, ref in enumerate(codes)]
             for call in range(decoder.calls):
-                for i, weight in enumerate(self._decode(call, mine, shared, tables, row)):
+                for i, weight in enumerate(self._decode(call, mine, shared, tables, row, step)):
                     f = call * decoder.fragments + i
                     yield f, weight, inputs.at[slot, f].transpose((1, 0))
 
@@ -345,7 +359,7 @@ class _Kernel:
             def _(step):
                 slot = lax.rem(step - start, self.stages)
                 plgpu.barrier_wait(filled.at[slot])
-                for _, weight, x in fragments(slot):
+                for _, weight, x in fragments(slot, step):
                     plgpu.wgmma_wait(0)
                     plgpu.wgmma(sums, weight, x)
                 plgpu.wgmma_wait(0)
@@ -356,13 +370,13 @@ class _Kernel:
         def scaled(step, sums):
             slot = lax.rem(step - start, self.stages)
             plgpu.barrier_wait(filled.at[slot])
-            for f, weight, x in fragments(slot):
+            for f, weight, x in fragments(slot, step):
 
                 def product(part, weight=weight, x=x):
                     plgpu.wgmma(part, weight, x)
                     return part[...]
 
-                scale = codes[-1].at[slot, f, piece, :, columns]
+                scale = self._mine(len(codes) - 1, group, codes[-1].at[slot], f)
                 sums = self._add_scaled(sums, pl.run_scoped(product, kind), scale)
             plgpu.barrier_arrive(free.at[slot])
             return sums
@@ -381,6 +395,15 @@ class _Kernel:
             gr.store_rows(sums, y, *map(gr.scalar, place), tokens=self.tokens, rows=self.out)
 
         store(sums, y, part, token, row)
+
+    def _mine(self, number, group, ref, copy):
+        """Of a copy of a stream, [pieces, copies, rows, piece], what belongs to a warpgroup; the first piece if several."""
+        stream = self.streams[number]
+        piece, mine = stream.piece(self.config.rows), gr.FRAGMENT_ROWS * self.config.blocks * stream.width
+        size = min(piece, mine)
+        if max(piece, mine) % size:
+            raise ValueError(f"decode: pieces of {piece} elements do not fit warpgroups of {mine}")
+        return ref.at[lax.div(group * mine, piece), copy, :, pl.ds(lax.rem(group * mine, piece), size)]
 
     def _add_scaled(self, sums, part, scale):
         """Sums + scale * part; `scale` refers to the warpgroup's values, one per output."""
@@ -408,8 +431,8 @@ def as_half(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
 
 
 def pad_outputs(array: jax.Array) -> jax.Array:
-    """An array [rows, out] with zeros up to a multiple of 16 outputs, of which copies consist."""
-    return jnp.pad(array, ((0, 0), (0, -array.shape[1] % 16)))
+    """An array [rows, out] with zeros up to a multiple of 16 bytes, of which copies consist."""
+    return jnp.pad(array, ((0, 0), (0, -array.shape[1] % (16 // array.dtype.itemsize))))
 
 
 def block_config(tokens: int) -> BlockConfig:

@@ -70,6 +70,10 @@ class Registers:
         """A | b."""
         return arith.ori(a, b)
 
+    def differ(self, a: Register, b: Register) -> Register:
+        """A ^ b."""
+        return arith.xori(a, b)
+
     def least(self, a: Register, most: int) -> Register:
         """The smaller of a and most, unsigned."""
         return arith.minui(a, self.constant(most))
@@ -95,6 +99,11 @@ class Registers:
         names = ",".join(f"${i}" for i in range(words))
         names, width = (f"{{{names}}}", f".v{words}") if words > 1 else (names, "")
         return list(utils.inline_ptx(f"ld.shared{width}.b32 {names}, [${words}+{offset}];", address, **options))
+
+    def load_byte(self, address: Register) -> Register:
+        """A byte of shared memory."""
+        ptx = "{.reg .u8 t; ld.shared.u8 t, [$1]; cvt.u32.u8 $0, t;}"
+        return utils.inline_ptx(ptx, address, result_types=address.type, has_side_effects=True)
 
     def store(self, address: Register, values: list[Register]) -> None:
         """Stores four words to shared memory."""

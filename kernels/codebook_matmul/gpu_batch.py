@@ -21,44 +21,44 @@ _ENTRIES, _VECTOR, _COPIES = 256, 8, 8
 _ENTRY_BYTES = 2 * _VECTOR
 _LINE = _ENTRY_BYTES * _COPIES  # bytes from an entry to the next
 _BOOK = _LINE * _ENTRIES  # bytes of a codebook's copies
-_SHIFT = 7  # log2 of _LINE
+_ROWS, _PIECE = 4, 64  # rows of words of a set, outputs of a piece of a row: 256 words
 
 
 @dataclasses.dataclass(frozen=True)
 class AdditiveDecoder:
-    """Slots [in / 8 * M, out] and codebooks float16 [M * 256, 8], see `gpu_decode.Decoder`.
+    """Banked words uint32 [4 * sets, out * 4] and codebooks float16 [M * 256, 8], see `gpu_decode.Decoder`.
 
     Attributes:
       count: M, codebooks.
-      columns: of the weight.
-      calls: fragments of 64 columns per step.
+      sets: of slots.
+      calls: fragments of 64 columns per step, a divisor of those of a set; its codes are read anew for every step.
     """
 
     count: int
-    columns: int
+    sets: int
     calls: int
 
     dtype = jnp.float16
     fragments, width, scaled = 1, 64, False
 
     @property
-    def rows(self) -> int:
-        """Slots per step."""
-        return self.calls * self.width // _VECTOR * self.count
+    def parts(self) -> int:
+        """Steps of a set."""
+        return layout.SET // self.count // (8 * self.calls)
 
     @property
     def steps(self) -> int:
         """Steps of the whole weight."""
-        return -(-self.columns // (self.calls * self.width))
+        return self.sets * self.parts
 
     def column(self, step: Any, fragment: int) -> Any:
         """First input of a fragment."""
         return (step * self.calls + fragment) * self.width
 
     def stream_row(self, stream: int, step: Any, copy: int) -> Any:
-        """First slot of a step."""
+        """First row of words of a step's set."""
         del stream, copy
-        return step * self.rows
+        return step // self.parts * _ROWS
 
     def shared(self) -> Sequence[Any]:
         """The codebooks' copies."""
@@ -77,30 +77,35 @@ class AdditiveDecoder:
 
     def decode(self, r: gr.Registers, call: int, blocks: int, state: gpu_decode.Step) -> Sequence[gr.Pairs]:
         """One fragment: the entry of thread (., c) for half u is that of group 4 u + c, see `permute_columns`."""
-        thread, (pitch, _) = r.thread(), state.pitches[0]
+        thread, (line, _, piece) = r.thread(), state.pitches[0]
         table = r.add(state.shared[0], r.times(r.mask(thread, _COPIES - 1), _ENTRY_BYTES))
-        codes = r.add(state.streams[0], r.first_row(blocks))
-        codes = r.add(codes, r.times(r.mask(thread, 3), self.count * pitch))
+        # The group of this thread in half 0; other halves, calls and codebooks differ from it in other bits of the slot.
+        group = r.add(r.mask(thread, 3), r.times(r.mask(state.step, self.parts - 1), 8 * self.calls))
         pairs: gr.Pairs = [[[None] * 2 for _ in range(8)] for _ in range(blocks)]
-        for u in range(2):
-            slot = (call * 8 + 4 * u) * self.count
-            words = [r.load(codes, blocks // 2, (slot + m) * pitch)[0] for m in range(self.count)]
-            for b in range(blocks):
-                for h in range(2):
-                    entry = self._entry(r, table, words, 2 * b + h)
+        for b in range(blocks):
+            for h in range(2):
+                row = r.add(r.first_row(blocks), r.constant(2 * b + h))
+                codes = r.add(state.streams[0], r.times(r.shift(row, 6), piece))
+                codes = r.add(codes, r.times(r.mask(row, _PIECE - 1), 16))
+                turned = r.differ(group, r.mask(row, layout.LANES - 1))
+                turned = r.add(r.mask(turned, 15), r.times(r.shift(turned, 4), line))
+                for u in range(2):
+                    entry = None
+                    for m in range(self.count):
+                        slot = m * (layout.SET // self.count) + 8 * call + 4 * u
+                        place = r.differ(turned, r.constant(slot % 16 + slot // 16 * line))
+                        code = r.load_byte(r.add(codes, place))
+                        entry = self._add_entry(r, entry, r.add(table, r.times(code, _LINE)), m)
                     for j in range(4):
                         pairs[b][4 * u + j][h] = entry[j]
         return [pairs]
 
-    def _entry(self, r: gr.Registers, table: Any, words: Sequence[Any], byte: int) -> list[Any]:
-        """Sum of the entries that a byte of the words of all codebooks names, in 4 registers."""
-        total = None
-        for m, word in enumerate(words):
-            place = r.mask(r.shift(word, 8 * byte - _SHIFT), (_ENTRIES - 1) << _SHIFT)
-            entry = r.load(r.add(place, table), 4, m * _BOOK, constant=True)
-            total = entry if total is None else [r.packed("add.f16x2", a, b) for a, b in zip(total, entry, strict=True)]
-        assert total is not None
-        return total
+    def _add_entry(self, r: gr.Registers, total: list[Any] | None, place: Any, book: int) -> list[Any]:
+        """The sum of entries and another one, in 4 registers."""
+        entry = r.load(place, 4, book * _BOOK, constant=True)
+        if total is None:
+            return entry
+        return [r.packed("add.f16x2", a, b) for a, b in zip(total, entry, strict=True)]
 
 
 def permute_columns(x: jax.Array) -> jax.Array:
@@ -113,50 +118,45 @@ def permute_columns(x: jax.Array) -> jax.Array:
     return x.reshape(tokens, columns // 32, 4, 4, 2).swapaxes(2, 3).reshape(tokens, columns)
 
 
-def block_config(tokens: int) -> gpu_decode.BlockConfig:
-    """Sizes for a number of tokens."""
-    return gpu_decode.block_config(tokens)
+def _decoder(count: int, sets: int, config: gpu_decode.BlockConfig) -> AdditiveDecoder:
+    """As long steps as leave room for three of them."""
+    calls = layout.SET // (8 * count)
+    while calls > 1:
+        stage = layout.SET * config.rows + 128 * calls * config.tokens
+        if count * _BOOK + 3 * stage <= gpu_decode.SHARED:
+            break
+        calls //= 2
+    return AdditiveDecoder(count, sets, calls)
 
 
 def decode_matmul(
     x: jax.Array,
-    slots: jax.Array,
+    words: jax.Array,
     codebooks: jax.Array,
     scale: jax.Array | None,
     *,
-    blocks: tuple[int, int],
-    dimension: int,
-    out: int,
     config: gpu_decode.BlockConfig | None = None,
 ) -> jax.Array:
     """Returns x @ W.T, float32 [tokens, out].
 
     Args:
       x: float [tokens, in].
-      slots: uint8 [in / 8 * M, out or more], see `layout`.
-      codebooks: float [M * 256, 8], or that many numbers in another shape.
+      words: uint32 [4 * sets, out, 4], see `layout.banked_words`.
+      codebooks: float [M, 256 * 8].
       scale: float [out, 1] or [1, in / 8], or None.
-      blocks: (1, 1).
-      dimension: 8.
-      out: outputs without padding.
-      config: sizes, by default from `block_config`.
+      config: sizes, by default from `gpu_decode.block_config`.
     """
-    assert blocks == (1, 1)
-    assert dimension == _VECTOR
-    config = config or block_config(len(x))
-    books, book_scale = gpu_decode.as_half(codebooks.reshape(1, -1))
+    config = config or gpu_decode.block_config(len(x))
+    (lines, out, _), count = words.shape, codebooks.size // (_ENTRIES * _VECTOR)
+    decoder = _decoder(count, lines // _ROWS, config)
     row_scale, column_scale = layout.split_scale(scale)
     if column_scale is not None:
         x = x.astype(jnp.float32) * jnp.repeat(column_scale.astype(jnp.float32), _VECTOR)[None, :]
+    books, book_scale = gpu_decode.as_half(codebooks.reshape(1, -1))
     x, x_scale = gpu_decode.as_half(x)
-    count = books.size // (_ENTRIES * _VECTOR)
-    decoder = AdditiveDecoder(count, x.shape[1], 1 if config.tokens > 128 or count > 2 else 2)
-    streams = [gpu_decode.Stream(gpu_decode.pad_outputs(slots), decoder.rows)]
     x = permute_columns(jnp.pad(x, ((0, 0), (0, -x.shape[1] % 32))))
-    y = gpu_decode.matmul(
-        x, streams, [books.reshape(-1, _VECTOR)], decoder, out=streams[0].array.shape[1], config=config
-    )
-    y = y[:, :out]
+    stream = gpu_decode.Stream(words.reshape(lines, -1), _ROWS, width=4)
+    y = gpu_decode.matmul(x, [stream], [books.reshape(-1, _VECTOR)], decoder, out=out, config=config)
     for factor in (x_scale, book_scale, None if row_scale is None else row_scale.astype(jnp.float32)[None, :]):
         y = y if factor is None else y * factor
     return y

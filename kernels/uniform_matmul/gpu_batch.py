@@ -72,7 +72,7 @@ class _WordDecoder:
 
     def _words(self, r: gr.Registers, blocks: int, state: gpu_decode.Step) -> list[list[Any]]:
         """Words of the thread's rows: [column // 8 of a position][row]."""
-        pitch, _ = state.pitches[0]
+        pitch = state.pitches[0][0]
         start = r.add(state.streams[0], r.times(r.first_row(blocks), 4))
         start = r.add(start, r.times(r.mask(r.thread(), 3), pitch))
         return [r.load(start, 2 * blocks, 4 * k * pitch) for k in range(self.step // 8)]
@@ -244,7 +244,7 @@ def uniform_matmul(
         streams.append(gpu_decode.Stream(gpu_decode.pad_outputs(zero.astype(jnp.uint8)), 1, copies))
     if group is not None:
         streams.append(gpu_decode.Stream(gpu_decode.pad_outputs(scale.T), 1, copies))
-    y = gpu_decode.matmul(x, streams, [], decoder, out=streams[0].array.shape[1], config=config)[:, :out]
+    y = gpu_decode.matmul(x, streams, [], decoder, out=out, config=config)
     y = y if x_scale is None else y * x_scale
     return y if group is not None else y * scale.astype(jnp.float32).T
 
@@ -280,7 +280,7 @@ def level_matmul(
     step = _step(bits, config)
     decoder = LevelDecoder(bits, 2 * len(words), step, step, out)
     streams = [gpu_decode.Stream(gpu_decode.pad_outputs(words), step // 2)]
-    y = gpu_decode.matmul(x, streams, [levels], decoder, out=streams[0].array.shape[1], config=config)[:, :out]
+    y = gpu_decode.matmul(x, streams, [levels], decoder, out=out, config=config)
     for factor in factors if x_scale is None else [x_scale, *factors]:
         y = y * factor
     return y

@@ -1,0 +1,271 @@
+"""GPU kernels for several tokens: the decoders, run by numpy, against float64; how work is shared; lowering for a GPU."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxquant.kernels.codebook_matmul import layout as slot_layout
+from jaxquant.kernels.uniform_matmul import layout as word_layout
+
+gpu_decode = importlib.import_module("jaxquant.kernels.gpu_decode")
+additive = importlib.import_module("jaxquant.kernels.codebook_matmul.gpu_batch")
+scalar = importlib.import_module("jaxquant.kernels.uniform_matmul.gpu_batch")
+
+BOUND = 1e-3
+
+
+class Threads:
+    """`gpu_registers.Registers` of 128 threads, in numpy, with a shared memory."""
+
+    def __init__(self, size):
+        self.memory = np.zeros(size, np.uint8)
+
+    def constant(self, value):
+        return np.full(128, value, np.uint32)
+
+    def thread(self):
+        return np.arange(128, dtype=np.uint32)
+
+    def first_row(self, blocks):
+        warp, lane = np.divmod(self.thread(), 32)
+        return (warp * 16 * blocks + lane // 4 * 2 * blocks).astype(np.uint32)
+
+    def add(self, a, b):
+        return a + b
+
+    def times(self, a, factor):
+        return a * np.uint32(factor)
+
+    def shift(self, a, right):
+        return a >> np.uint32(right) if right >= 0 else a << np.uint32(-right)
+
+    def mask(self, a, mask):
+        return a & np.uint32(mask)
+
+    def either(self, a, b):
+        return a | b
+
+    def differ(self, a, b):
+        return a ^ b
+
+    def load_byte(self, address):
+        return self.memory[address.astype(np.int64)].astype(np.uint32)
+
+    def least(self, a, most):
+        return np.minimum(a, np.uint32(most))
+
+    def packed(self, operation, a, b):
+        name, *_, kind = operation.split(".")
+        dtype = {"f16x2": np.float16, "bf16x2": ml_dtypes.bfloat16}[kind]
+        function = {"add": np.add, "sub": np.subtract}[name]
+        return function(a.view(dtype), b.view(dtype)).view(np.uint32)
+
+    def permute(self, a, b, selector):
+        source = np.stack([a, b], 1).view(np.uint8).reshape(-1, 8)
+        nibbles = (selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32)) & 15
+        assert nibbles.max() < 8
+        return np.take_along_axis(source, nibbles.astype(np.int64), 1).copy().view(np.uint32)[:, 0]
+
+    def load(self, address, words, offset, *, constant=False):
+        del constant
+        size = 4 * words or 2
+        assert not ((address + np.uint32(offset)) % np.uint32(size)).any()
+        place = (address + np.uint32(offset))[:, None].astype(np.int64) + np.arange(size)
+        got = self.memory[place]
+        if not words:
+            got = np.pad(got, ((0, 0), (0, 2)))
+        return [word.copy() for word in got.copy().view(np.uint32).T]
+
+    def store(self, address, values):
+        self.memory[address[:, None].astype(np.int64) + np.arange(16)] = np.stack(values, 1).view(np.uint8)
+
+    def load_global(self, array, offset, words):
+        place = offset[:, None].astype(np.int64) + np.arange(4 * words)
+        return [word.copy() for word in np.asarray(array).reshape(-1).view(np.uint8)[place].copy().view(np.uint32).T]
+
+
+def unpack(pairs, dtype):
+    """The weights [64 * blocks, columns] of fragments, rows in the order of the outputs."""
+    blocks, eights = len(pairs), len(pairs[0])
+    weight = np.zeros((64 * blocks, 8 * eights))
+    thread = np.arange(128)
+    first = Threads(0).first_row(blocks).astype(int)
+    for b, k, h in np.ndindex(blocks, eights, 2):
+        values = np.ascontiguousarray(pairs[b][k][h]).view(dtype).astype(np.float64).reshape(128, 2)
+        for e in range(2):
+            weight[first + 2 * b + h, 8 * k + thread % 4 * 2 + e] = values[:, e]
+    return weight
+
+
+def emulate(x, streams, tables, decoder, *, out, config):
+    """`gpu_decode.matmul` by numpy."""
+    dtype = np.float16 if decoder.dtype == jnp.float16 else ml_dtypes.bfloat16
+    tables = [np.asarray(table) for table in tables]
+    sizes = [s.copies * s.rows * config.rows * s.width * s.array.dtype.itemsize for s in streams]
+    starts = np.cumsum([0, *sizes])
+    table_size = sum(int(np.prod(t.shape)) * jnp.dtype(t.dtype).itemsize for t in decoder.shared())
+    r = Threads(starts[-1] + table_size)
+    shared = [r.constant(starts[-1])] if table_size else []
+    for first in range(0, 128 * config.warpgroups, 128):
+        decoder.fill(r, tables, shared, r.thread() + np.uint32(first), 128 * config.warpgroups)
+    x = np.asarray(x, np.float64)
+    y = np.zeros((len(x), out))
+    columns = max(int(decoder.column(decoder.steps - 1, f)) for f in range(decoder.calls * decoder.fragments))
+    x = np.pad(x, ((0, 0), (0, max(0, columns + decoder.width - x.shape[1]))))
+    for tile in range(0, out, config.rows):
+        for step in range(decoder.steps):
+            for number, s in enumerate(streams):
+                piece = s.piece(config.rows)
+                for p in range(s.pieces(config.rows)):
+                    for copy in range(s.copies):
+                        row, column = int(decoder.stream_row(number, step, copy)), tile * s.width + p * piece
+                        box, part = np.zeros((s.rows, piece), s.array.dtype), np.asarray(s.array)[row : row + s.rows]
+                        part = part[:, column : column + piece]
+                        box[: part.shape[0], : part.shape[1]] = part
+                        place = starts[number] + (p * s.copies + copy) * box.nbytes
+                        r.memory[place : place + box.nbytes] = box.reshape(-1).view(np.uint8)
+            rows = 64 * config.blocks
+            for group in range(config.warpgroups):
+                addresses, pitches = [], []
+                for start, s in zip(starts, streams, strict=False):
+                    piece, size = s.piece(config.rows), s.array.dtype.itemsize
+                    line = piece * size
+                    pitches.append((line, line * s.rows, line * s.rows * s.copies))
+                    p, column = divmod(group * rows * s.width, piece)
+                    addresses.append(r.constant(start + p * pitches[-1][2] + column * size))
+                first = tile + group * rows
+                state = gpu_decode.Step(addresses, pitches, shared, tables, r.constant(first), r.constant(step))
+                for call in range(decoder.calls):
+                    for i, pairs in enumerate(decoder.decode(r, call, config.blocks, state)):
+                        f = call * decoder.fragments + i
+                        column = int(decoder.column(step, f))
+                        part = x[:, column : column + decoder.width] @ unpack(pairs, dtype).T
+                        if decoder.scaled:
+                            scale = np.asarray(streams[-1].array, np.float64)
+                            row = int(decoder.stream_row(len(streams) - 1, step, f))
+                            scale = scale[row, first : first + rows] if row < len(scale) else np.zeros(rows)
+                            part = part[:, : len(scale)] * scale
+                        width = max(0, min(rows, out - first))
+                        y[:, first : first + width] += part[:, :width]
+    return jnp.asarray(y, jnp.float32)
+
+
+def relative(y, expected):
+    return np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
+
+
+def inputs(tokens, columns, dtype):
+    return jnp.asarray(np.random.default_rng(1).standard_normal((tokens, columns)), dtype)
+
+
+@pytest.mark.parametrize(("count", "blocks", "groups"), [(2, 1, 40), (2, 2, 9), (1, 1, 16), (1, 2, 80), (4, 2, 8)])
+@pytest.mark.parametrize("scaled", [None, "rows", "columns"])
+def test_additive_codes(monkeypatch, count, blocks, groups, scaled):
+    monkeypatch.setattr(gpu_decode, "matmul", emulate)
+    rng = np.random.default_rng(0)
+    out, columns = 300, 8 * groups
+    codes = rng.integers(0, 256, (count, out, groups))
+    books = rng.standard_normal((count * 256, 8)).astype(np.float16)
+    scale = {None: None, "rows": rng.uniform(1, 2, (out, 1)), "columns": rng.uniform(1, 2, (1, groups))}[scaled]
+    weight = sum(books.astype(np.float64)[256 * m + codes[m]] for m in range(count))
+    weight = (weight if scale is None else weight * scale[..., None]).reshape(out, columns)
+    x = inputs(3, columns, jnp.bfloat16)
+    words = slot_layout.banked_words(jnp.asarray(codes))
+    config = gpu_decode.BlockConfig(2, blocks, 8 if groups < 40 else 256)
+    scale = None if scale is None else jnp.asarray(scale, jnp.float32)
+    y = additive.decode_matmul(x, words, jnp.asarray(books), scale, config=config)
+    assert relative(y, np.asarray(x, np.float64) @ weight.T) < BOUND
+
+
+def words_of(codes, bits, group):
+    lines = word_layout.num_lines(codes.shape[1], bits, int(np.lcm(64, group or 1)))
+    return word_layout.to_words(jnp.asarray(codes), bits, lines)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("group", "columns"), [(None, 330), (128, 384), (32, 640), (48, 480)])
+@pytest.mark.parametrize("has_zero", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_uniform_codes(monkeypatch, bits, group, columns, has_zero, dtype):
+    monkeypatch.setattr(gpu_decode, "matmul", emulate)
+    rng = np.random.default_rng(0)
+    out = 208
+    codes, groups = rng.integers(0, 2**bits, (out, columns)), columns // group if group else 1
+    scale = rng.uniform(0.5, 1.5, (out, groups)).astype(np.float16)
+    zero = rng.integers(0, 2**bits, (groups, out)) if has_zero else None
+    point = np.repeat(zero.T, columns // groups, 1) if has_zero else 2 ** (bits - 1)
+    weight = (codes - point) * np.repeat(scale.astype(np.float64), columns // groups, 1)
+    x = inputs(2, columns, dtype)
+    config = gpu_decode.BlockConfig(2, 1 if bits < 4 else 2, 8)
+    zero = None if zero is None else jnp.asarray(zero)
+    words = words_of(codes, bits, group)
+    y = scalar.uniform_matmul(x, words, jnp.asarray(scale), zero, bits=bits, config=config)
+    assert relative(y, np.asarray(x, np.float64) @ weight.T) < (1e-6 if dtype != "float32" else BOUND)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_levels(monkeypatch, bits, dtype):
+    monkeypatch.setattr(gpu_decode, "matmul", emulate)
+    rng = np.random.default_rng(0)
+    out, columns = 208, 330
+    codes = rng.integers(0, 2**bits, (out, columns))
+    levels = rng.standard_normal((out, 2**bits)).astype(dtype)
+    scale = rng.uniform(1, 2, (out, 1)).astype(np.float32)
+    weight = np.take_along_axis(levels.astype(np.float64), codes, 1) * scale
+    x = inputs(2, columns, jnp.bfloat16)
+    config = gpu_decode.BlockConfig(2, 2, 8)
+    words = words_of(codes, bits, None)
+    y = scalar.level_matmul(x, words, jnp.asarray(levels), jnp.asarray(scale), bits=bits, config=config)
+    assert relative(y, np.asarray(x, np.float64) @ weight.T) < BOUND
+
+
+@pytest.mark.parametrize(
+    ("tiles", "steps", "cores"), [(112, 64, 132), (16, 32, 132), (7, 5, 35), (3, 100, 132), (1, 1, 132)]
+)
+def test_shares_are_equal_and_parts_are_counted(tiles, steps, cores):
+    count, parts = gpu_decode.shares(tiles, steps, cores)
+    total = tiles * steps
+    starts = np.arange(count + 1) * total // count
+    assert set(np.diff(starts)) <= {total // count, total // count + 1}
+    held = [sum(starts[i] < (t + 1) * steps and starts[i + 1] > t * steps for i in range(count)) for t in range(tiles)]
+    np.testing.assert_array_equal(parts, held)
+    owners = np.searchsorted(starts, np.arange(total), "right") - 1
+    np.testing.assert_array_equal(gpu_decode.owner(np.arange(total), total, count), owners)
+
+
+@pytest.mark.parametrize("tokens", [5, 16, 64, 128, 129, 256, 257, 512, 4097])
+def test_tiles_of_tokens_are_equal(tokens):
+    config = gpu_decode.block_config(tokens)
+    assert config.tokens % 8 == 0
+    assert config.tokens <= 256
+    assert -(-tokens // config.tokens) == -(-tokens // 256)
+
+
+def test_half_precision_rows():
+    x = jnp.asarray([[1e-30, 3e-30], [3e38, 1.0], [0, 0]], jnp.float32)
+    half, scale = gpu_decode.as_half(x)
+    assert half.dtype == jnp.float16
+    np.testing.assert_allclose(np.asarray(half, np.float64) * np.asarray(scale, np.float64), x, rtol=1e-3, atol=1e32)
+    assert gpu_decode.as_half(half) == (half, None)
+
+
+def lowered(function, *shapes):
+    return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs jax 0.11")
+@pytest.mark.parametrize("tokens", [5, 16, 64, 100, 256, 600])
+def test_lowering(tokens):
+    x, shape = jax.ShapeDtypeStruct((tokens, 1024), jnp.bfloat16), jax.ShapeDtypeStruct
+    books, banked = shape((2, 256 * 8), jnp.float16), shape((16, 520, 4), jnp.uint32)
+    assert "mosaic_gpu" in lowered(lambda x, w, b: additive.decode_matmul(x, w, b, None), x, banked, books)
+    words, scale = shape((128, 520), jnp.uint32), shape((520, 8), jnp.float16)
+    zero = shape((8, 520), jnp.uint8)
+    assert "mosaic_gpu" in lowered(lambda *a: scalar.uniform_matmul(*a, bits=4), x, words, scale, zero)
+    levels = shape((520, 16), jnp.float16)
+    assert "mosaic_gpu" in lowered(lambda *a: scalar.level_matmul(*a, None, bits=4), x, words, levels)
