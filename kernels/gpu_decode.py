@@ -7,7 +7,8 @@ weight goes nowhere but to the tensor cores, and codes are read once for up to 2
 
 A block of threads has one warpgroup that copies (codes and inputs, several steps ahead, by TMA) and several that decode
 and multiply, each its own rows of the weight. There is one block per multiprocessor, and all have the same share of the
-work, a tile being cut where a share ends: see `shares`. The parts of a cut tile are added up outside, in a fixed order.
+work, a tile being cut where a share ends: see `Shares`. The share with a tile's first steps comes to them last, and adds
+the sums of the others, in their order.
 """
 
 import dataclasses
@@ -152,24 +153,27 @@ class Step:
     step: Any
 
 
-def shares(tiles: int, steps: int, cores: int) -> tuple[int, np.ndarray]:
-    """Cuts tiles * steps into equal shares of consecutive steps.
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """Cuts tiles * steps into `count` equal shares of consecutive steps; arguments may be of numpy or of a kernel.
 
-    Share i has the steps from i * tiles * steps // count on.
-
-    Returns:
-      count, and the number of shares that have a part of each tile.
+    Attributes:
+      steps: of a tile.
+      total: tiles * steps.
+      count: shares.
     """
-    total = tiles * steps
-    count = min(cores, total)
-    first = owner(np.arange(tiles) * steps, total, count)
-    last = owner(np.arange(1, tiles + 1) * steps - 1, total, count)
-    return count, last - first + 1
 
+    steps: int
+    total: int
+    count: int
 
-def owner(step: Any, total: int, count: int) -> Any:
-    """The share that has a step."""
-    return ((step + 1) * count - 1) // total
+    def start(self, share: Any) -> Any:
+        """First step of a share, and one past the last of the one before."""
+        return share * self.total // self.count
+
+    def owner(self, step: Any) -> Any:
+        """The share that has a step."""
+        return ((step + 1) * self.count - 1) // self.total
 
 
 def matmul(
@@ -180,8 +184,10 @@ def matmul(
     *,
     out: int,
     config: BlockConfig,
+    factors: tuple[jax.Array | None, jax.Array | None] = (None, None),
+    dtype: Any = jnp.float32,
 ) -> jax.Array:
-    """Returns x @ W.T, float32 [tokens, out].
+    """Returns x @ W.T, [tokens, out].
 
     Args:
       x: [tokens, in], in the decoder's dtype; columns beyond are zero.
@@ -190,18 +196,32 @@ def matmul(
       decoder: the format.
       out: outputs.
       config: sizes.
+      factors: float32 [tokens] and [out] that the product is multiplied by, None for ones.
+      dtype: of the result.
     """
-    tokens, wanted = len(x), out
-    out += -out % 4  # threads write several at once
+    tokens = len(x)
+    rows = out + -out % 4  # threads write several at once
     x = jnp.pad(x, ((0, -tokens % 8), (0, -x.shape[1] % 64)))
+    of_tokens, of_rows = factors
+    of_rows = None if of_rows is None else jnp.pad(of_rows, (0, rows - out))
+    given = [factor for factor in (of_tokens, of_rows) if factor is not None]
     token_tiles = pl.cdiv(tokens, config.tokens)
-    tiles = pl.cdiv(out, config.rows) * token_tiles
-    count, parts = shares(tiles, decoder.steps, config.cores)
-    body = _Kernel(decoder, streams, len(tables), config, tokens, out, token_tiles, tiles * decoder.steps, count)
+    total = pl.cdiv(out, config.rows) * token_tiles * decoder.steps
+    shares = Shares(decoder.steps, total, min(config.cores, total))
+    body = _Kernel(
+        decoder,
+        streams,
+        len(tables),
+        config,
+        shares,
+        (tokens, rows),
+        dtype,
+        [f is not None for f in (of_tokens, of_rows)],
+    )
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((int(parts.max()), tokens, out), jnp.float32),
-        grid=(count,),
+        out_type=(jax.ShapeDtypeStruct((tokens, rows), dtype), body.parts()),
+        grid=(shares.count,),
         grid_names=("share",),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
@@ -211,14 +231,8 @@ def matmul(
         ),
         scratch_types=body.scratch(),
     )
-    y = kernel(x, *(stream.array for stream in streams), *tables)
-    # A part that no share has was never written.
-    held = np.repeat(parts.reshape(-1, token_tiles), config.rows, axis=0)[:out]
-    held = np.repeat(held.T, config.tokens, axis=0)[:tokens] if token_tiles > 1 else held.T
-    total = y[0]
-    for part in range(1, len(y)):
-        total = total + jnp.where(jnp.asarray(held > part), y[part], 0)
-    return total[:, :wanted]
+    y, _ = kernel(x, *(stream.array for stream in streams), *tables, *given)
+    return y[:, :out]
 
 
 class _Kernel:
@@ -226,9 +240,10 @@ class _Kernel:
 
     __name__ = "decode_matmul"
 
-    def __init__(self, decoder, streams, num_tables, config, tokens, out, token_tiles, total, count):
+    def __init__(self, decoder, streams, num_tables, config, shares, shape, dtype, factors):
         self.decoder, self.streams, self.num_tables, self.config = decoder, streams, num_tables, config
-        self.tokens, self.out, self.token_tiles, self.total, self.count = tokens, out, token_tiles, total, count
+        self.shares, (self.tokens, self.rows), self.dtype, self.factors = shares, shape, dtype, factors
+        self.token_tiles = pl.cdiv(self.tokens, config.tokens)
         self.fragments = decoder.calls * decoder.fragments
         stage = self.fragments * config.tokens * decoder.width * 2
         stage += sum(s.copies * s.rows * config.rows * s.width * s.array.dtype.itemsize for s in streams)
@@ -236,6 +251,13 @@ class _Kernel:
         self.stages = min(config.stages, (SHARED - fixed) // stage)
         if self.stages < 2:
             raise ValueError(f"decode: shared memory has no room for two steps of {stage} bytes beside {fixed}")
+
+    def parts(self) -> jax.ShapeDtypeStruct:
+        """Sums of the steps of tiles that a share does not begin: every share has at most one."""
+        values = gr.FRAGMENT_ROWS * self.config.blocks * self.config.tokens // gr.WARPGROUP
+        return jax.ShapeDtypeStruct(
+            (self.shares.count * self.config.warpgroups, values // 4, gr.WARPGROUP, 4), jnp.float32
+        )
 
     def scratch(self) -> list[Any]:
         """Shared memory and barriers."""
@@ -253,10 +275,12 @@ class _Kernel:
         return [inputs, codes, list(self.decoder.shared()), filled, free]
 
     def __call__(self, x, *refs):
-        streams, tables = refs[: len(self.streams)], refs[len(self.streams) : len(self.streams) + self.num_tables]
-        y, inputs, codes, shared, filled, free = refs[len(streams) + len(tables) :]
+        split = np.cumsum([len(self.streams), self.num_tables, sum(self.factors), 2])
+        streams, tables, factors, (y, parts) = (list(refs[i:j]) for i, j in zip([0, *split[:-1]], split, strict=True))
+        inputs, codes, shared, filled, free = refs[split[-1] :]
+        flags = pl.get_global(plgpu.SemaphoreType.REGULAR((self.shares.count * self.config.warpgroups,)))
         share, group = lax.axis_index("share"), lax.axis_index("warpgroup")
-        start, stop = (lax.div((share + i) * self.total, self.count) for i in range(2))
+        start, stop = self.shares.start(share), self.shares.start(share + 1)
 
         @pl.when(group == self.config.warpgroups)
         def _():
@@ -271,13 +295,15 @@ class _Kernel:
             plgpu.set_max_registers(_REGISTERS[self.config.warpgroups], action="increase")
             self._fill(tables, shared, group)
 
-            @pl.loop(lax.div(start, self.decoder.steps), lax.div(stop - 1, self.decoder.steps) + 1)
+            @pl.loop(start // self.decoder.steps, (stop - 1) // self.decoder.steps + 1)
             def _(tile):
-                self._tile(tile, start, stop, share, group, y, inputs, codes, shared, tables, filled, free)
+                first, last = lax.max(start, tile * self.decoder.steps), lax.min(stop, (tile + 1) * self.decoder.steps)
+                sums = self._sum(tile, first, last, start, group, inputs, codes, shared, tables, filled, free)
+                self._finish(tile, first, share, group, sums, y, parts, flags, factors)
 
     def _place(self, tile):
         """First output and first token of a tile; tiles of the same outputs follow each other."""
-        return lax.div(tile, self.token_tiles) * self.config.rows, lax.rem(tile, self.token_tiles) * self.config.tokens
+        return tile // self.token_tiles * self.config.rows, tile % self.token_tiles * self.config.tokens
 
     def _copy(self, step, index, x, streams, inputs, codes, filled, free):
         slot = lax.rem(index, self.stages)
@@ -286,8 +312,8 @@ class _Kernel:
         def _():
             plgpu.barrier_wait(free.at[slot])
 
-        row, token = self._place(lax.div(step, self.decoder.steps))
-        step = lax.rem(step, self.decoder.steps)
+        row, token = self._place(step // self.decoder.steps)
+        step = step % self.decoder.steps
         for number, (stream, ref, to) in enumerate(zip(self.streams, streams, codes, strict=True)):
             piece = stream.piece(self.config.rows)
             for copy in range(stream.copies):
@@ -337,13 +363,11 @@ class _Kernel:
 
         return decode(codes, list(shared), list(tables), row, step)
 
-    def _tile(self, tile, start, stop, share, group, y, inputs, codes, shared, tables, filled, free):
-        """Multiplies the steps of a tile that are within the share, and writes the sums."""
+    def _sum(self, tile, first, last, start, group, inputs, codes, shared, tables, filled, free):
+        """Returns the sums of a tile's steps from `first` to `last`; the share starts with step `start`."""
         decoder, config = self.decoder, self.config
         rows = gr.FRAGMENT_ROWS * config.blocks
-        first, last = lax.max(start, tile * decoder.steps), lax.min(stop, (tile + 1) * decoder.steps)
-        row, token = self._place(tile)
-        row = row + group * rows
+        row = self._place(tile)[0] + group * rows
         kind = plgpu.ACC((rows, config.tokens), jnp.float32)
 
         def fragments(slot, step):
@@ -381,20 +405,50 @@ class _Kernel:
             plgpu.barrier_arrive(free.at[slot])
             return sums
 
-        if decoder.scaled:
-            zeros = plgpu.layout_cast(jnp.zeros((rows, config.tokens), jnp.float32), plgpu.Layout.WGMMA)
-            sums = lax.fori_loop(first, last, scaled, zeros)
-        else:
-            sums = pl.run_scoped(unscaled, kind)
-        # The parts of a tile are numbered from the share that has its first step.
-        part = share - lax.div((tile * decoder.steps + 1) * self.count - 1, self.total)
+        if not decoder.scaled:
+            return pl.run_scoped(unscaled, kind)
+        zeros = plgpu.layout_cast(jnp.zeros((rows, config.tokens), jnp.float32), plgpu.Layout.WGMMA)
+        return lax.fori_loop(first, last, scaled, zeros)
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), gr.SCALAR, gr.SCALAR, gr.SCALAR))
-        def store(ctx, sums, y, *place):
+    def _finish(self, tile, first, share, group, sums, y, parts, flags, factors):
+        """Writes a tile with its first steps, adding what others have of it; hands others to the share that has them."""
+        groups, begin = self.config.warpgroups, tile * self.decoder.steps
+        layout, ref, kind = plgpu.Layout.WGMMA, plgpu.RefType(), gr.sums_type(sums.shape)
+
+        @plgpu.inline_mgpu(arg_types=(layout, ref, ref, gr.SCALAR))
+        def hand(ctx, sums, parts, flag, place):
             del ctx
-            gr.store_rows(sums, y, *map(gr.scalar, place), tokens=self.tokens, rows=self.out)
+            gr.store_part(sums, parts, gr.scalar(place))
+            gr.signal(flag)
 
-        store(sums, y, part, token, row)
+        @plgpu.inline_mgpu(arg_types=(layout, ref, ref, gr.SCALAR), return_type=kind)
+        def add(ctx, sums, parts, flag, place):
+            del ctx
+            gr.wait(flag)
+            return gr.add_part(sums, parts, gr.scalar(place))
+
+        @plgpu.inline_mgpu(arg_types=(layout, ref, [ref] * len(factors), gr.SCALAR, gr.SCALAR))
+        def store(ctx, sums, y, factors, token, row):
+            del ctx
+            rest = iter(factors)
+            given = [next(rest) if there else None for there in self.factors]
+            place = gr.scalar(token), gr.scalar(row)
+            gr.store_rows(sums, y, *place, *given, tokens=self.tokens, rows=self.rows, dtype=self.dtype)
+
+        @pl.when(first > begin)
+        def _():
+            place = share * groups + group
+            hand(sums, parts, flags.at[place], place)
+
+        @pl.when(first == begin)
+        def _():
+            def add_share(other, sums):
+                place = other * groups + group
+                return add(sums, parts, flags.at[place], place)
+
+            total = lax.fori_loop(share + 1, self.shares.owner(begin + self.decoder.steps - 1) + 1, add_share, sums)
+            row, token = self._place(tile)
+            store(total, y, factors, token, row + group * gr.FRAGMENT_ROWS * self.config.blocks)
 
     def _mine(self, number, group, ref, copy):
         """Of a copy of a stream, [pieces, copies, rows, piece], what belongs to a warpgroup; the first piece if several."""
@@ -407,9 +461,9 @@ class _Kernel:
 
     def _add_scaled(self, sums, part, scale):
         """Sums + scale * part; `scale` refers to the warpgroup's values, one per output."""
-        kind = plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=plgpu.Layout.WGMMA)
+        layout = plgpu.Layout.WGMMA
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.Layout.WGMMA, plgpu.RefType()), return_type=kind)
+        @plgpu.inline_mgpu(arg_types=(layout, layout, plgpu.RefType()), return_type=gr.sums_type(sums.shape))
         def add(ctx, sums, part, scale):
             del ctx
             return gr.add_scaled(sums, part, gr.address(scale), self.streams[-1].array.dtype)
@@ -428,6 +482,18 @@ def as_half(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     x = x.astype(jnp.float32)
     exponent = jnp.frexp(jnp.max(jnp.abs(x), axis=1, keepdims=True))[1] - 14
     return jnp.ldexp(x, -exponent).astype(jnp.float16), jnp.ldexp(jnp.float32(1), exponent)
+
+
+def factors(
+    of_tokens: jax.Array | None, of_rows: Sequence[jax.Array | None], out: int
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """The factors of `matmul` from what `as_half` says of tokens and from factors [out or 1] of rows, None for ones."""
+    product = None
+    for factor in of_rows:
+        if factor is not None:
+            product = factor.astype(jnp.float32) if product is None else product * factor
+    product = None if product is None else jnp.broadcast_to(product, (out,))
+    return None if of_tokens is None else of_tokens[:, 0], product
 
 
 def pad_outputs(array: jax.Array) -> jax.Array:

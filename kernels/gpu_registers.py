@@ -140,6 +140,11 @@ def fragment_type(blocks: int, columns: int, dtype: Any) -> Any:
     return plgpu.ShapeDtypeStruct((FRAGMENT_ROWS * blocks, columns), dtype, layout=plgpu.Layout.WGMMA)
 
 
+def sums_type(shape: tuple[int, int]) -> Any:
+    """Return type of `inline_mgpu` for float32 accumulators."""
+    return plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA)
+
+
 def fragment(pairs: Pairs, dtype: jax.typing.DTypeLike) -> mgpu.FragmentedArray:
     """Registers as an array [64 * blocks, columns] in fragments."""
     layout, kind = fragmented_array.WGMMA_LAYOUT, ir.VectorType.get((2,), utils.dtype_to_ir_type(dtype))
@@ -204,33 +209,96 @@ def add_scaled(
     return mgpu.FragmentedArray(_registers=registers, _layout=sums.layout, _is_signed=None)
 
 
+def store_part(array: mgpu.FragmentedArray, ref: Any, place: Register) -> None:
+    """Writes float32 accumulators to device memory [places, values / 4, 128, 4], register by register."""
+    r, values = Registers(), _flat(array)
+    for i, where in enumerate(_part_pointers(r, ref, place, len(values) // 4)):
+        utils.inline_ptx("st.global.v4.f32 [$0], {$1,$2,$3,$4};", where, *values[4 * i : 4 * i + 4])
+
+
+def add_part(array: mgpu.FragmentedArray, ref: Any, place: Register) -> mgpu.FragmentedArray:
+    """Adds what `store_part` wrote."""
+    r, values, f32 = Registers(), _flat(array), ir.F32Type.get()
+    for i, where in enumerate(_part_pointers(r, ref, place, len(values) // 4)):
+        ptx = "ld.global.v4.f32 {$0,$1,$2,$3}, [$4];"
+        others = utils.inline_ptx(ptx, where, result_types=(f32,) * 4, has_side_effects=True)
+        values[4 * i : 4 * i + 4] = [arith.addf(a, b) for a, b in zip(values[4 * i : 4 * i + 4], others, strict=True)]
+    registers, rest = np.empty_like(array.registers), iter(values)
+    for index, x in np.ndenumerate(array.registers):
+        registers[index] = vector.from_elements(x.type, [next(rest) for _ in range(ir.VectorType(x.type).shape[0])])
+    return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
+
+
+def _flat(array: mgpu.FragmentedArray) -> list[Any]:
+    parts = [(x, i) for x in array.registers.flat for i in range(ir.VectorType(x.type).shape[0])]
+    return [vector.extract(x, dynamic_position=[], static_position=[i]) for x, i in parts]
+
+
+def _part_pointers(r: Registers, ref: Any, place: Register, count: int) -> list[Any]:
+    offset = r.add(r.times(place, count * WARPGROUP * 16), r.times(r.thread(), 16))
+    return [pointer(ref, r.add(offset, r.constant(i * WARPGROUP * 16))) for i in range(count)]
+
+
+def signal(ref: Any) -> None:
+    """Counts a semaphore up, after all that the warpgroup has written."""
+    utils.warpgroup_barrier()
+    utils.SemaphoreRef(utils.memref_ptr(ref)).signal(1, memory_scope="gpu")
+
+
+def wait(ref: Any) -> None:
+    """Waits until a semaphore is 1; the warpgroup then sees what was written before."""
+    utils.SemaphoreRef(utils.memref_ptr(ref)).wait(1, decrement=False, memory_scope="gpu")
+
+
 def store_rows(
-    array: mgpu.FragmentedArray, ref: Any, part: Register, token: Register, row: Register, *, tokens: int, rows: int
+    array: mgpu.FragmentedArray,
+    ref: Any,
+    token: Register,
+    row: Register,
+    token_factor: Any | None,
+    row_factor: Any | None,
+    *,
+    tokens: int,
+    rows: int,
+    dtype: jax.typing.DTypeLike,
 ) -> None:
-    """Writes float32 accumulators [64 * blocks, tokens at once] to device memory [parts, tokens, rows].
+    """Writes float32 accumulators [64 * blocks, tokens at once] to device memory [tokens, rows].
 
     Args:
       array: accumulators; a thread's rows are consecutive, see `Registers.first_row`.
-      ref: [parts, tokens, rows].
-      part: first index of `ref`.
+      ref: [tokens, rows].
       token: of the array's first column.
       row: of the array's first row.
+      token_factor: float32 [tokens] that tokens are multiplied by, or None.
+      row_factor: float32 [rows] that rows are multiplied by, or None.
       tokens: what is beyond is not written.
-      rows: even with one block, otherwise a multiple of 4; what is beyond is not written.
+      rows: a multiple of 4; what is beyond is not written.
+      dtype: of `ref`: float32, float16 or bfloat16.
     """
-    i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+    i32, i64, f32 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.F32Type.get()
     r, values, blocks = Registers(), accumulators(array), array.shape[0] // FRAGMENT_ROWS
     row = r.add(row, r.first_row(blocks))
     token = r.add(token, r.times(r.mask(r.thread(), 3), 2))
-    start, below = llvm.ptrtoint(i64, utils.memref_ptr(ref)), arith.CmpIPredicate.slt
+    start, below, size = llvm.ptrtoint(i64, utils.memref_ptr(ref)), arith.CmpIPredicate.slt, jnp.dtype(dtype).itemsize
+    row_inside, factors = arith.cmpi(below, row, r.constant(rows)), None
+    if row_factor is not None:
+        words = r.load_global(row_factor, r.times(r.least(row, rows - 2 * blocks), 4), 2 * blocks)
+        factors = [utils.bitcast(word, f32) for word in words]
     for eight, e in np.ndindex(array.shape[1] // 8, 2):
         t = r.add(token, r.constant(8 * int(eight) + int(e)))
-        inside = arith.andi(arith.cmpi(below, row, r.constant(rows)), arith.cmpi(below, t, r.constant(tokens)))
-        line = arith.muli(arith.extui(i64, r.add(arith.muli(part, utils.c(tokens, i32)), t)), utils.c(4 * rows, i64))
-        where = _plus(start, _plus(line, arith.extui(i64, r.times(row, 4))))
+        inside = arith.andi(row_inside, arith.cmpi(below, t, r.constant(tokens)))
+        line = arith.muli(arith.extui(i64, t), utils.c(size * rows, i64))
+        where = _plus(start, _plus(line, arith.extui(i64, r.times(row, size))))
         mine = [values[b, eight, h][e] for b in range(blocks) for h in range(2)]
-        for first in range(0, len(mine), 4):
-            some = mine[first : first + 4]
-            names = ",".join(f"${1 + i}" for i in range(len(some)))
-            ptx = f"st.global.v{len(some)}.f32 [$0+{4 * first}], {{{names}}};"
-            utils.inline_ptx(ptx, where, *some, predicate=inside)
+        if factors is not None:
+            mine = [arith.mulf(a, b) for a, b in zip(mine, factors, strict=True)]
+        if token_factor is not None:
+            factor = utils.bitcast(r.load_global(token_factor, r.times(r.least(t, tokens - 1), 4), 1)[0], f32)
+            mine = [arith.mulf(a, factor) for a in mine]
+        if size == 2:
+            name = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
+            pairs = zip(mine[::2], mine[1::2], strict=True)
+            mine = [utils.inline_ptx(f"cvt.rn.{name}.f32 $0, $2, $1;", a, b, result_types=i32) for a, b in pairs]
+        names = ",".join(f"${1 + i}" for i in range(len(mine)))
+        names, width = (f"{{{names}}}", f".v{len(mine)}") if len(mine) > 1 else (names, "")
+        utils.inline_ptx(f"st.global{width}.b32 [$0], {names};", where, *mine, predicate=inside)

@@ -101,9 +101,9 @@ def unpack(pairs, dtype):
     return weight
 
 
-def emulate(x, streams, tables, decoder, *, out, config):
+def emulate(x, streams, tables, decoder, *, out, config, factors, dtype):
     """`gpu_decode.matmul` by numpy."""
-    dtype = np.float16 if decoder.dtype == jnp.float16 else ml_dtypes.bfloat16
+    half = np.float16 if decoder.dtype == jnp.float16 else ml_dtypes.bfloat16
     tables = [np.asarray(table) for table in tables]
     sizes = [s.copies * s.rows * config.rows * s.width * s.array.dtype.itemsize for s in streams]
     starts = np.cumsum([0, *sizes])
@@ -143,7 +143,7 @@ def emulate(x, streams, tables, decoder, *, out, config):
                     for i, pairs in enumerate(decoder.decode(r, call, config.blocks, state)):
                         f = call * decoder.fragments + i
                         column = int(decoder.column(step, f))
-                        part = x[:, column : column + decoder.width] @ unpack(pairs, dtype).T
+                        part = x[:, column : column + decoder.width] @ unpack(pairs, half).T
                         if decoder.scaled:
                             scale = np.asarray(streams[-1].array, np.float64)
                             row = int(decoder.stream_row(len(streams) - 1, step, f))
@@ -151,7 +151,8 @@ def emulate(x, streams, tables, decoder, *, out, config):
                             part = part[:, : len(scale)] * scale
                         width = max(0, min(rows, out - first))
                         y[:, first : first + width] += part[:, :width]
-    return jnp.asarray(y, jnp.float32)
+    of_tokens, of_rows = (1.0 if factor is None else np.asarray(factor, np.float64) for factor in factors)
+    return jnp.asarray(y * np.reshape(of_tokens, (-1, 1)) * of_rows, dtype)
 
 
 def relative(y, expected):
@@ -227,15 +228,14 @@ def test_levels(monkeypatch, bits, dtype):
 @pytest.mark.parametrize(
     ("tiles", "steps", "cores"), [(112, 64, 132), (16, 32, 132), (7, 5, 35), (3, 100, 132), (1, 1, 132)]
 )
-def test_shares_are_equal_and_parts_are_counted(tiles, steps, cores):
-    count, parts = gpu_decode.shares(tiles, steps, cores)
+def test_shares_are_equal(tiles, steps, cores):
     total = tiles * steps
-    starts = np.arange(count + 1) * total // count
-    assert set(np.diff(starts)) <= {total // count, total // count + 1}
-    held = [sum(starts[i] < (t + 1) * steps and starts[i + 1] > t * steps for i in range(count)) for t in range(tiles)]
-    np.testing.assert_array_equal(parts, held)
+    shares = gpu_decode.Shares(steps, total, min(cores, total))
+    starts = shares.start(np.arange(shares.count + 1))
+    assert (starts[0], starts[-1]) == (0, total)
+    assert set(np.diff(starts)) <= {total // shares.count, total // shares.count + 1}
     owners = np.searchsorted(starts, np.arange(total), "right") - 1
-    np.testing.assert_array_equal(gpu_decode.owner(np.arange(total), total, count), owners)
+    np.testing.assert_array_equal(shares.owner(np.arange(total)), owners)
 
 
 @pytest.mark.parametrize("tokens", [5, 16, 64, 128, 129, 256, 257, 512, 4097])

@@ -135,15 +135,17 @@ def decode_matmul(
     codebooks: jax.Array,
     scale: jax.Array | None,
     *,
+    dtype: Any = jnp.float32,
     config: gpu_decode.BlockConfig | None = None,
 ) -> jax.Array:
-    """Returns x @ W.T, float32 [tokens, out].
+    """Returns x @ W.T, [tokens, out].
 
     Args:
       x: float [tokens, in].
       words: uint32 [4 * sets, out, 4], see `layout.banked_words`.
       codebooks: float [M, 256 * 8].
       scale: float [out, 1] or [1, in / 8], or None.
+      dtype: of the result.
       config: sizes, by default from `gpu_decode.block_config`.
     """
     config = config or gpu_decode.block_config(len(x))
@@ -156,7 +158,6 @@ def decode_matmul(
     x, x_scale = gpu_decode.as_half(x)
     x = permute_columns(jnp.pad(x, ((0, 0), (0, -x.shape[1] % 32))))
     stream = gpu_decode.Stream(words.reshape(lines, -1), _ROWS, width=4)
-    y = gpu_decode.matmul(x, [stream], [books.reshape(-1, _VECTOR)], decoder, out=out, config=config)
-    for factor in (x_scale, book_scale, None if row_scale is None else row_scale.astype(jnp.float32)[None, :]):
-        y = y if factor is None else y * factor
-    return y
+    books = books.reshape(-1, _VECTOR)
+    factors = gpu_decode.factors(x_scale, [row_scale, None if book_scale is None else book_scale[0]], out)
+    return gpu_decode.matmul(x, [stream], [books], decoder, out=out, config=config, factors=factors, dtype=dtype)

@@ -219,9 +219,10 @@ def uniform_matmul(
     zero: jax.Array | None,
     *,
     bits: int,
+    dtype: Any = jnp.float32,
     config: gpu_decode.BlockConfig | None = None,
 ) -> jax.Array:
-    """Returns x @ W.T for W = scale * (codes - zero), float32 [tokens, out].
+    """Returns x @ W.T for W = scale * (codes - zero), [tokens, out].
 
     Args:
       x: float [tokens, in].
@@ -229,6 +230,7 @@ def uniform_matmul(
       scale: float [out, groups].
       zero: unsigned integers [groups, out], or None for 2**(bits - 1).
       bits: 2, 3, 4 or 8.
+      dtype: of the result.
       config: sizes, by default from `gpu_decode.block_config`.
     """
     (out, groups), columns = scale.shape, x.shape[1]
@@ -244,9 +246,8 @@ def uniform_matmul(
         streams.append(gpu_decode.Stream(gpu_decode.pad_outputs(zero.astype(jnp.uint8)), 1, copies))
     if group is not None:
         streams.append(gpu_decode.Stream(gpu_decode.pad_outputs(scale.T), 1, copies))
-    y = gpu_decode.matmul(x, streams, [], decoder, out=out, config=config)
-    y = y if x_scale is None else y * x_scale
-    return y if group is not None else y * scale.astype(jnp.float32).T
+    factors = gpu_decode.factors(x_scale, [scale[:, 0] if group is None else None], out)
+    return gpu_decode.matmul(x, streams, [], decoder, out=out, config=config, factors=factors, dtype=dtype)
 
 
 def level_matmul(
@@ -256,9 +257,10 @@ def level_matmul(
     scale: jax.Array | None,
     *,
     bits: int,
+    dtype: Any = jnp.float32,
     config: gpu_decode.BlockConfig | None = None,
 ) -> jax.Array:
-    """Returns x @ W.T for W = scale * levels[row, codes], float32 [tokens, out].
+    """Returns x @ W.T for W = scale * levels[row, codes], [tokens, out].
 
     Args:
       x: float [tokens, in].
@@ -266,21 +268,18 @@ def level_matmul(
       levels: float [out, 2**bits].
       scale: float [out, 1] or [1, in], or None.
       bits: 2, 3 or 4.
+      dtype: of the result.
       config: sizes, by default from `gpu_decode.block_config`.
     """
     out = len(levels)
     levels, level_scale = gpu_decode.as_half(levels)
-    factors = [] if level_scale is None else [level_scale.T]
-    if scale is not None and scale.shape[1] == 1:
-        factors.append(scale.astype(jnp.float32).T)
-    elif scale is not None:
+    row_scale = None if scale is None or scale.shape[1] > 1 else scale[:, 0]
+    if scale is not None and row_scale is None:
         x = x.astype(jnp.float32) * scale.astype(jnp.float32)
     x, x_scale = gpu_decode.as_half(x)
     config = config or gpu_decode.block_config(len(x))
     step = _step(bits, config)
     decoder = LevelDecoder(bits, 2 * len(words), step, step, out)
     streams = [gpu_decode.Stream(gpu_decode.pad_outputs(words), step // 2)]
-    y = gpu_decode.matmul(x, streams, [levels], decoder, out=out, config=config)
-    for factor in factors if x_scale is None else [x_scale, *factors]:
-        y = y * factor
-    return y
+    factors = gpu_decode.factors(x_scale, [row_scale, None if level_scale is None else level_scale[:, 0]], out)
+    return gpu_decode.matmul(x, streams, [levels], decoder, out=out, config=config, factors=factors, dtype=dtype)
