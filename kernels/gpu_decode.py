@@ -31,7 +31,6 @@ SHARED = 224 * 1024  # bytes of shared memory of a block, without barriers and a
 _COPY_REGISTERS = 40
 # Registers of a thread that computes, by the number of its warpgroups: what 64 Ki registers leave.
 _REGISTERS = {2: 232, 3: 152, 4: 104}
-_TMA_BOX = 256  # elements of a copy along a dimension, at most
 _FILLED = 9  # number of the hardware's barrier that says so
 
 
@@ -61,27 +60,22 @@ class BlockConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """What is read at each step of an array [rows, out * width]: `copies` times `rows` rows, for the outputs of a tile.
+    """What is read at each step of an array.
 
     Attributes:
-      array: its rows are a multiple of 16 bytes.
-      rows: of a copy.
+      array: [lines, elements], lines of a multiple of 16 bytes.
+      box: (lines, elements) of a copy, at most 256 each; copies follow each other in shared memory.
       copies: per step.
-      width: elements per output.
     """
 
     array: jax.Array
-    rows: int
-    copies: int = 1
-    width: int = 1
+    box: tuple[int, int]
+    copies: int
 
-    def pieces(self, outputs: int) -> int:
-        """Copies of at most 256 elements of a row that a tile of outputs takes."""
-        return pl.cdiv(outputs * self.width, _TMA_BOX)
-
-    def piece(self, outputs: int) -> int:
-        """Elements of such a copy's rows."""
-        return outputs * self.width // self.pieces(outputs)
+    @property
+    def bytes(self) -> int:
+        """Of a copy."""
+        return math.prod(self.box) * self.array.dtype.itemsize
 
 
 class Decoder(Protocol):
@@ -93,7 +87,8 @@ class Decoder(Protocol):
       calls: of `decode` per step.
       fragments: per call.
       width: columns of a fragment: 16, 32 or 64.
-      scaled: whether a fragment's sums are multiplied by the values of the last stream, a copy per fragment.
+      scaled: whether a fragment's sums are multiplied by the values of the last stream, a copy per fragment with one
+        for each output of a tile.
     """
 
     dtype: Any
@@ -107,8 +102,8 @@ class Decoder(Protocol):
         """First of the inputs that fragment number call * fragments + i of a step multiplies."""
         ...
 
-    def stream_row(self, stream: int, step: Any, copy: int) -> Any:
-        """First row of a stream's copy."""
+    def source(self, stream: int, copy: int, step: Any, row: Any) -> tuple[Any, Any]:
+        """First line and element of what a stream's copy brings for a step and for a tile with a first output."""
         ...
 
     def shared(self) -> Sequence[Any]:
@@ -137,19 +132,19 @@ class Step:
     """Where a decoder finds things.
 
     Attributes:
-      streams: addresses of the first of the warpgroup's outputs in the first copy's first row.
-      pitches: bytes from a row to the next, from a copy to the next, and from a piece of outputs to the next.
+      streams: addresses of their first copies.
       shared: addresses of `Decoder.shared`.
       tables: references to device memory.
       row: first output of the warpgroup.
+      inner: the same within the tile.
       step: of the weight's.
     """
 
     streams: Sequence[Any]
-    pitches: Sequence[tuple[int, int, int]]
     shared: Sequence[Any]
     tables: Sequence[Any]
     row: Any
+    inner: Any
     step: Any
 
 
@@ -200,10 +195,8 @@ def matmul(
       dtype: of the result.
     """
     tokens = len(x)
-    rows = out + -out % 4  # threads write several at once
     x = jnp.pad(x, ((0, -tokens % 8), (0, -x.shape[1] % 64)))
     of_tokens, of_rows = factors
-    of_rows = None if of_rows is None else jnp.pad(of_rows, (0, rows - out))
     given = [factor for factor in (of_tokens, of_rows) if factor is not None]
     token_tiles = pl.cdiv(tokens, config.tokens)
     total = pl.cdiv(out, config.rows) * token_tiles * decoder.steps
@@ -214,13 +207,13 @@ def matmul(
         len(tables),
         config,
         shares,
-        (tokens, rows),
+        (tokens, out),
         dtype,
         [f is not None for f in (of_tokens, of_rows)],
     )
     kernel = plgpu.kernel(
         body,
-        out_type=(jax.ShapeDtypeStruct((tokens, rows), dtype), body.parts()),
+        out_type=(jax.ShapeDtypeStruct((tokens, out), dtype), body.parts()),
         grid=(shares.count,),
         grid_names=("share",),
         num_threads=config.warpgroups + 1,
@@ -232,7 +225,7 @@ def matmul(
         scratch_types=body.scratch(),
     )
     y, _ = kernel(x, *(stream.array for stream in streams), *tables, *given)
-    return y[:, :out]
+    return y
 
 
 class _Kernel:
@@ -246,7 +239,7 @@ class _Kernel:
         self.token_tiles = pl.cdiv(self.tokens, config.tokens)
         self.fragments = decoder.calls * decoder.fragments
         stage = self.fragments * config.tokens * decoder.width * 2
-        stage += sum(s.copies * s.rows * config.rows * s.width * s.array.dtype.itemsize for s in streams)
+        stage += sum(s.copies * s.bytes for s in streams)
         fixed = sum(math.prod(t.shape) * jnp.dtype(t.dtype).itemsize for t in decoder.shared())
         self.stages = min(config.stages, (SHARED - fixed) // stage)
         if self.stages < 2:
@@ -264,12 +257,8 @@ class _Kernel:
         config, width = self.config, self.decoder.width
         swizzle = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))
         inputs = plgpu.SMEM((self.stages, self.fragments, config.tokens, width), self.decoder.dtype, transforms=swizzle)
-        rows = config.rows
-        codes = [
-            plgpu.SMEM((self.stages, s.pieces(rows), s.copies, s.rows, s.piece(rows)), s.array.dtype)
-            for s in self.streams
-        ]
-        copies = self.fragments + sum(s.pieces(rows) * s.copies for s in self.streams)
+        codes = [plgpu.SMEM((self.stages, s.copies, *s.box), s.array.dtype) for s in self.streams]
+        copies = self.fragments + sum(s.copies for s in self.streams)
         filled = plgpu.Barrier(num_arrivals=copies, num_barriers=self.stages)
         free = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=self.stages)
         return [inputs, codes, list(self.decoder.shared()), filled, free]
@@ -315,12 +304,10 @@ class _Kernel:
         row, token = self._place(step // self.decoder.steps)
         step = step % self.decoder.steps
         for number, (stream, ref, to) in enumerate(zip(self.streams, streams, codes, strict=True)):
-            piece = stream.piece(self.config.rows)
             for copy in range(stream.copies):
-                lines = pl.ds(self.decoder.stream_row(number, step, copy), stream.rows)
-                for p in range(stream.pieces(self.config.rows)):
-                    source = ref.at[lines, pl.ds(row * stream.width + p * piece, piece)]
-                    plgpu.copy_gmem_to_smem(source, to.at[slot, p, copy], filled.at[slot])
+                begin = self.decoder.source(number, copy, step, row)
+                source = ref.at[tuple(pl.ds(i, size) for i, size in zip(begin, stream.box, strict=True))]
+                plgpu.copy_gmem_to_smem(source, to.at[slot, copy], filled.at[slot])
         for f in range(self.fragments):
             columns = pl.ds(self.decoder.column(step, f), self.decoder.width)
             source = x.at[pl.ds(token, self.config.tokens), columns]
@@ -341,40 +328,34 @@ class _Kernel:
 
         fill(list(tables), list(shared), group)
 
-    def _decode(self, call, codes, shared, tables, row, step):
-        """Fragments of a call; `codes` are references to the warpgroup's outputs of all streams' first copies."""
-        decoder, config = self.decoder, self.config
-        pitches = []
-        for stream in self.streams:
-            line = stream.piece(config.rows) * stream.array.dtype.itemsize
-            pitches.append((line, line * stream.rows, line * stream.rows * stream.copies))
-        kind = gr.fragment_type(config.blocks, decoder.width, decoder.dtype)
+    def _decode(self, call, codes, shared, tables, place):
+        """Fragments of a call; `place` is row, inner and step of `Step`."""
+        decoder, blocks = self.decoder, self.config.blocks
+        kinds = (gr.fragment_type(blocks, decoder.width, decoder.dtype),) * decoder.fragments
+        refs = ([plgpu.RefType()] * len(refs) for refs in (codes, shared, tables))
 
-        @plgpu.inline_mgpu(
-            arg_types=(*([plgpu.RefType()] * len(refs) for refs in (codes, shared, tables)), gr.SCALAR, gr.SCALAR),
-            return_type=(kind,) * decoder.fragments,
-        )
-        def decode(ctx, codes, shared, tables, row, step):
+        @plgpu.inline_mgpu(arg_types=(*refs, (gr.SCALAR,) * 3), return_type=kinds)
+        def decode(ctx, codes, shared, tables, place):
             del ctx
-            addresses = [[gr.address(ref) for ref in refs] for refs in (codes, shared)]
-            state = Step(addresses[0], pitches, addresses[1], tables, gr.scalar(row), gr.scalar(step))
-            pairs = decoder.decode(gr.Registers(), call, config.blocks, state)
-            return tuple(gr.fragment(p, decoder.dtype) for p in pairs)
+            addresses = ([gr.address(ref) for ref in refs] for refs in (codes, shared))
+            state = Step(*addresses, tables, *map(gr.scalar, place))
+            return tuple(
+                gr.fragment(pairs, decoder.dtype) for pairs in decoder.decode(gr.Registers(), call, blocks, state)
+            )
 
-        return decode(codes, list(shared), list(tables), row, step)
+        return decode(codes, list(shared), list(tables), place)
 
     def _sum(self, tile, first, last, start, group, inputs, codes, shared, tables, filled, free):
         """Returns the sums of a tile's steps from `first` to `last`; the share starts with step `start`."""
         decoder, config = self.decoder, self.config
         rows = gr.FRAGMENT_ROWS * config.blocks
-        row = self._place(tile)[0] + group * rows
+        row, inner = self._place(tile)[0], group * rows
         kind = plgpu.ACC((rows, config.tokens), jnp.float32)
 
         def fragments(slot, step):
-            step = step - tile * decoder.steps
-            mine = [self._mine(number, group, ref.at[slot], 0) for number, ref in enumerate(codes)]
+            place = row + inner, inner, step - tile * decoder.steps
             for call in range(decoder.calls):
-                for i, weight in enumerate(self._decode(call, mine, shared, tables, row, step)):
+                for i, weight in enumerate(self._decode(call, [ref.at[slot] for ref in codes], shared, tables, place)):
                     f = call * decoder.fragments + i
                     yield f, weight, inputs.at[slot, f].transpose((1, 0))
 
@@ -400,7 +381,7 @@ class _Kernel:
                     plgpu.wgmma(part, weight, x)
                     return part[...]
 
-                scale = self._mine(len(codes) - 1, group, codes[-1].at[slot], f)
+                scale = codes[-1].at[slot, f, :, pl.ds(inner, rows)]
                 sums = self._add_scaled(sums, pl.run_scoped(product, kind), scale)
             plgpu.barrier_arrive(free.at[slot])
             return sums
@@ -450,15 +431,6 @@ class _Kernel:
             row, token = self._place(tile)
             store(total, y, factors, token, row + group * gr.FRAGMENT_ROWS * self.config.blocks)
 
-    def _mine(self, number, group, ref, copy):
-        """Of a copy of a stream, [pieces, copies, rows, piece], what belongs to a warpgroup; the first piece if several."""
-        stream = self.streams[number]
-        piece, mine = stream.piece(self.config.rows), gr.FRAGMENT_ROWS * self.config.blocks * stream.width
-        size = min(piece, mine)
-        if max(piece, mine) % size:
-            raise ValueError(f"decode: pieces of {piece} elements do not fit warpgroups of {mine}")
-        return ref.at[lax.div(group * mine, piece), copy, :, pl.ds(lax.rem(group * mine, piece), size)]
-
     def _add_scaled(self, sums, part, scale):
         """Sums + scale * part; `scale` refers to the warpgroup's values, one per output."""
         layout = plgpu.Layout.WGMMA
@@ -496,14 +468,23 @@ def factors(
     return None if of_tokens is None else of_tokens[:, 0], product
 
 
-def pad_outputs(array: jax.Array) -> jax.Array:
-    """An array [rows, out] with zeros up to a multiple of 16 bytes, of which copies consist."""
+def permute_columns(x: jax.Array) -> jax.Array:
+    """Inputs [tokens, in] for decoders that bring a thread 8 consecutive columns of 32, padded to a multiple of 32.
+
+    In a fragment thread (., c) has columns 8 k + 2 c and the next; of its columns 8 c .. 8 c + 7 it puts the pair number
+    k there. So what is column 8 c + 2 k in the weight is column 8 k + 2 c in the fragment.
+    """
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % 32)))
+    return x.reshape(len(x), -1, 4, 4, 2).swapaxes(2, 3).reshape(x.shape)
+
+
+def pad_lines(array: jax.Array) -> jax.Array:
+    """An array [lines, elements] with zeros up to a multiple of 16 bytes, of which copies consist."""
     return jnp.pad(array, ((0, 0), (0, -array.shape[1] % (16 // array.dtype.itemsize))))
 
 
-def block_config(tokens: int) -> BlockConfig:
-    """Sizes for a number of tokens: equal tiles of tokens, few of them."""
-    tile = -(-tokens // pl.cdiv(tokens, MOST_TOKENS) // 8) * 8
-    if tile > 128:
-        return BlockConfig(warpgroups=2, blocks=1, tokens=tile)
-    return BlockConfig(warpgroups=4, blocks=1, tokens=tile)
+def block_config(tokens: int, *, scaled: bool = False) -> BlockConfig:
+    """Sizes for a number of tokens: equal tiles of tokens, few of them; sums that are scaled take twice the registers."""
+    most = MOST_TOKENS // 2 if scaled else MOST_TOKENS
+    tile = -(-tokens // pl.cdiv(tokens, most) // 8) * 8
+    return BlockConfig(warpgroups=2 if tile > most // 2 else 4, tokens=tile)

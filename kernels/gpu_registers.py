@@ -6,9 +6,8 @@ evaluated by other means too: the tests run the decoders with numpy.
 
 A fragment is what `wgmma` takes as its left operand from registers: 64 rows of a warpgroup's weights by some columns of
 16 bits. Thread (warp w, r = lane // 4, c = lane % 4) has pairs of values in registers [block][k][h]: rows 16 w + r + 8 h
-of a block of 64, columns 8 k + 2 c and 8 k + 2 c + 1. Which weights these rows and columns stand for is free, as long as
-the inputs' columns and the outputs' rows follow. All decoders give a thread consecutive rows, so that it reads their
-codes at once: `Registers.first_row`.
+of a block of 64, columns 8 k + 2 c and 8 k + 2 c + 1. Which columns of the weight these stand for is free, as long as
+the inputs follow: see `gpu_decode.permute_columns`.
 """
 
 from typing import Any
@@ -44,9 +43,10 @@ class Registers:
         """Index within the warpgroup."""
         return self.mask(utils.thread_idx(), WARPGROUP - 1)
 
-    def first_row(self, blocks: int) -> Register:
-        """First of the 2 * blocks rows of a thread; the row of [block][k][h] is this + 2 * block + h."""
-        return self.times(self.shift(self.thread(), 2), 2 * blocks)
+    def row(self, block: int, h: int) -> Register:
+        """Row of the registers [block][.][h]."""
+        warp, lane = self.shift(self.thread(), 5), self.mask(self.thread(), 31)
+        return self.add(self.add(self.times(warp, 16), self.shift(lane, 2)), self.constant(64 * block + 8 * h))
 
     def add(self, a: Register, b: Register) -> Register:
         """A + b, modulo 2**32."""
@@ -169,16 +169,15 @@ def accumulators(array: mgpu.FragmentedArray) -> dict[tuple[int, int, int], list
     return values
 
 
-def _floats(register: Register, dtype: jax.typing.DTypeLike) -> list[Any]:
-    """The float32 values of one or two numbers in a register."""
+def _float(register: Register, dtype: jax.typing.DTypeLike) -> Any:
+    """The float32 value of the number in a register's low bits."""
     f32, i32 = ir.F32Type.get(), register.type
     if dtype == jnp.float32:
-        return [utils.bitcast(register, f32)]
+        return utils.bitcast(register, f32)
     if dtype == jnp.bfloat16:
-        low, high = arith.shli(register, utils.c(16, i32)), arith.andi(register, utils.c(-(2**16), i32))
-        return [utils.bitcast(low, f32), utils.bitcast(high, f32)]
+        return utils.bitcast(arith.shli(register, utils.c(16, i32)), f32)
     halves = utils.bitcast(register, ir.VectorType.get((2,), ir.F16Type.get()))
-    return [arith.extf(f32, vector.extract(halves, dynamic_position=[], static_position=[i])) for i in range(2)]
+    return arith.extf(f32, vector.extract(halves, dynamic_position=[], static_position=[0]))
 
 
 def add_scaled(
@@ -192,15 +191,15 @@ def add_scaled(
       start: address in shared memory of a scale for each of the rows.
       dtype: of the scales.
     """
-    r, blocks = Registers(), sums.shape[0] // FRAGMENT_ROWS
-    size = jnp.dtype(dtype).itemsize
-    words = r.load(r.add(start, r.times(r.first_row(blocks), size)), 2 * blocks * size // 4, 0)
-    scales = [value for word in words for value in _floats(word, dtype)]
+    r, blocks, size = Registers(), sums.shape[0] // FRAGMENT_ROWS, jnp.dtype(dtype).itemsize
+    scales = {}
+    for b, h in np.ndindex(blocks, 2):
+        place = r.add(start, r.times(r.row(int(b), int(h)), size))
+        scales[b, h] = _float(r.load(place, size // 4, 0)[0], dtype)
     mine, theirs = (x.registers.reshape(blocks, sums.shape[1] // 8, 2, -1) for x in (sums, part))
     result = np.empty_like(mine)
     for place, a in np.ndenumerate(mine):
-        scale, b = scales[2 * place[0] + place[2]], theirs[place]
-        values = []
+        scale, b, values = scales[place[0], place[2]], theirs[place], []
         for i in range(ir.VectorType(a.type).shape[0]):
             pair = (vector.extract(x, dynamic_position=[], static_position=[i]) for x in (b, a))
             values.append(utils.inline_ptx("fma.rn.f32 $0, $1, $2, $3;", scale, *pair, result_types=scale.type))
@@ -265,40 +264,40 @@ def store_rows(
     """Writes float32 accumulators [64 * blocks, tokens at once] to device memory [tokens, rows].
 
     Args:
-      array: accumulators; a thread's rows are consecutive, see `Registers.first_row`.
+      array: accumulators.
       ref: [tokens, rows].
       token: of the array's first column.
       row: of the array's first row.
       token_factor: float32 [tokens] that tokens are multiplied by, or None.
       row_factor: float32 [rows] that rows are multiplied by, or None.
       tokens: what is beyond is not written.
-      rows: a multiple of 4; what is beyond is not written.
+      rows: what is beyond is not written.
       dtype: of `ref`: float32, float16 or bfloat16.
     """
-    i32, i64, f32 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.F32Type.get()
-    r, values, blocks = Registers(), accumulators(array), array.shape[0] // FRAGMENT_ROWS
-    row = r.add(row, r.first_row(blocks))
-    token = r.add(token, r.times(r.mask(r.thread(), 3), 2))
-    start, below, size = llvm.ptrtoint(i64, utils.memref_ptr(ref)), arith.CmpIPredicate.slt, jnp.dtype(dtype).itemsize
-    row_inside, factors = arith.cmpi(below, row, r.constant(rows)), None
+    i16, i64, f32 = ir.IntegerType.get_signless(16), ir.IntegerType.get_signless(64), ir.F32Type.get()
+    r, values, below = Registers(), accumulators(array), arith.CmpIPredicate.slt
+    start, size = llvm.ptrtoint(i64, utils.memref_ptr(ref)), jnp.dtype(dtype).itemsize
+    places = [(int(b), int(h)) for b, h in np.ndindex(array.shape[0] // FRAGMENT_ROWS, 2)]
+    lines = {place: r.add(row, r.row(*place)) for place in places}
+    inside_rows = {place: arith.cmpi(below, line, r.constant(rows)) for place, line in lines.items()}
+
+    def factor(ref, index, count):
+        return utils.bitcast(r.load_global(ref, r.times(r.least(index, count - 1), 4), 1)[0], f32)
+
     if row_factor is not None:
-        words = r.load_global(row_factor, r.times(r.least(row, rows - 2 * blocks), 4), 2 * blocks)
-        factors = [utils.bitcast(word, f32) for word in words]
+        row_factors = {place: factor(row_factor, line, rows) for place, line in lines.items()}
+    token = r.add(token, r.times(r.mask(r.thread(), 3), 2))
     for eight, e in np.ndindex(array.shape[1] // 8, 2):
         t = r.add(token, r.constant(8 * int(eight) + int(e)))
-        inside = arith.andi(row_inside, arith.cmpi(below, t, r.constant(tokens)))
-        line = arith.muli(arith.extui(i64, t), utils.c(size * rows, i64))
-        where = _plus(start, _plus(line, arith.extui(i64, r.times(row, size))))
-        mine = [values[b, eight, h][e] for b in range(blocks) for h in range(2)]
-        if factors is not None:
-            mine = [arith.mulf(a, b) for a, b in zip(mine, factors, strict=True)]
-        if token_factor is not None:
-            factor = utils.bitcast(r.load_global(token_factor, r.times(r.least(t, tokens - 1), 4), 1)[0], f32)
-            mine = [arith.mulf(a, factor) for a in mine]
-        if size == 2:
-            name = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
-            pairs = zip(mine[::2], mine[1::2], strict=True)
-            mine = [utils.inline_ptx(f"cvt.rn.{name}.f32 $0, $2, $1;", a, b, result_types=i32) for a, b in pairs]
-        names = ",".join(f"${1 + i}" for i in range(len(mine)))
-        names, width = (f"{{{names}}}", f".v{len(mine)}") if len(mine) > 1 else (names, "")
-        utils.inline_ptx(f"st.global{width}.b32 [$0], {names};", where, *mine, predicate=inside)
+        inside_tokens = arith.cmpi(below, t, r.constant(tokens))
+        line = _plus(start, arith.muli(arith.extui(i64, t), utils.c(size * rows, i64)))
+        token_scale = None if token_factor is None else factor(token_factor, t, tokens)
+        for b, h in places:
+            value = values[b, eight, h][e]
+            value = value if token_scale is None else arith.mulf(value, token_scale)
+            value = value if row_factor is None else arith.mulf(value, row_factors[b, h])
+            if size == 2:
+                value = utils.bitcast(arith.truncf(utils.dtype_to_ir_type(dtype), value), i16)
+            where = _plus(line, arith.extui(i64, r.times(lines[b, h], size)))
+            inside = arith.andi(inside_rows[b, h], inside_tokens)
+            utils.inline_ptx(f"st.global.b{8 * size} [$0], $1;", where, value, predicate=inside)

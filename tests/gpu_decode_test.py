@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxquant.kernels.codebook_matmul import layout as slot_layout
-from jaxquant.kernels.uniform_matmul import layout as word_layout
+from jaxquant.kernels.uniform_matmul import tiles
 
 gpu_decode = importlib.import_module("jaxquant.kernels.gpu_decode")
 additive = importlib.import_module("jaxquant.kernels.codebook_matmul.gpu_batch")
@@ -30,9 +30,9 @@ class Threads:
     def thread(self):
         return np.arange(128, dtype=np.uint32)
 
-    def first_row(self, blocks):
-        warp, lane = np.divmod(self.thread(), 32)
-        return (warp * 16 * blocks + lane // 4 * 2 * blocks).astype(np.uint32)
+    def row(self, block, h):
+        warp, lane = np.divmod(self.thread(), np.uint32(32))
+        return warp * np.uint32(16) + lane // np.uint32(4) + np.uint32(64 * block + 8 * h)
 
     def add(self, a, b):
         return a + b
@@ -93,11 +93,10 @@ def unpack(pairs, dtype):
     blocks, eights = len(pairs), len(pairs[0])
     weight = np.zeros((64 * blocks, 8 * eights))
     thread = np.arange(128)
-    first = Threads(0).first_row(blocks).astype(int)
     for b, k, h in np.ndindex(blocks, eights, 2):
         values = np.ascontiguousarray(pairs[b][k][h]).view(dtype).astype(np.float64).reshape(128, 2)
         for e in range(2):
-            weight[first + 2 * b + h, 8 * k + thread % 4 * 2 + e] = values[:, e]
+            weight[Threads(0).row(b, h), 8 * k + thread % 4 * 2 + e] = values[:, e]
     return weight
 
 
@@ -105,7 +104,7 @@ def emulate(x, streams, tables, decoder, *, out, config, factors, dtype):
     """`gpu_decode.matmul` by numpy."""
     half = np.float16 if decoder.dtype == jnp.float16 else ml_dtypes.bfloat16
     tables = [np.asarray(table) for table in tables]
-    sizes = [s.copies * s.rows * config.rows * s.width * s.array.dtype.itemsize for s in streams]
+    sizes = [s.copies * s.bytes for s in streams]
     starts = np.cumsum([0, *sizes])
     table_size = sum(int(np.prod(t.shape)) * jnp.dtype(t.dtype).itemsize for t in decoder.shared())
     r = Threads(starts[-1] + table_size)
@@ -119,26 +118,18 @@ def emulate(x, streams, tables, decoder, *, out, config, factors, dtype):
     for tile in range(0, out, config.rows):
         for step in range(decoder.steps):
             for number, s in enumerate(streams):
-                piece = s.piece(config.rows)
-                for p in range(s.pieces(config.rows)):
-                    for copy in range(s.copies):
-                        row, column = int(decoder.stream_row(number, step, copy)), tile * s.width + p * piece
-                        box, part = np.zeros((s.rows, piece), s.array.dtype), np.asarray(s.array)[row : row + s.rows]
-                        part = part[:, column : column + piece]
-                        box[: part.shape[0], : part.shape[1]] = part
-                        place = starts[number] + (p * s.copies + copy) * box.nbytes
-                        r.memory[place : place + box.nbytes] = box.reshape(-1).view(np.uint8)
+                for copy in range(s.copies):
+                    line, element = map(int, decoder.source(number, copy, step, tile))
+                    box = np.zeros(s.box, s.array.dtype)
+                    part = np.asarray(s.array)[line : line + s.box[0], element : element + s.box[1]]
+                    box[: part.shape[0], : part.shape[1]] = part
+                    place = starts[number] + copy * s.bytes
+                    r.memory[place : place + s.bytes] = box.reshape(-1).view(np.uint8)
             rows = 64 * config.blocks
-            for group in range(config.warpgroups):
-                addresses, pitches = [], []
-                for start, s in zip(starts, streams, strict=False):
-                    piece, size = s.piece(config.rows), s.array.dtype.itemsize
-                    line = piece * size
-                    pitches.append((line, line * s.rows, line * s.rows * s.copies))
-                    p, column = divmod(group * rows * s.width, piece)
-                    addresses.append(r.constant(start + p * pitches[-1][2] + column * size))
-                first = tile + group * rows
-                state = gpu_decode.Step(addresses, pitches, shared, tables, r.constant(first), r.constant(step))
+            addresses = [r.constant(start) for start in starts[:-1]]
+            for inner in range(0, config.rows, rows):
+                first = tile + inner
+                state = gpu_decode.Step(addresses, shared, tables, *map(r.constant, (first, inner, step)))
                 for call in range(decoder.calls):
                     for i, pairs in enumerate(decoder.decode(r, call, config.blocks, state)):
                         f = call * decoder.fragments + i
@@ -146,7 +137,7 @@ def emulate(x, streams, tables, decoder, *, out, config, factors, dtype):
                         part = x[:, column : column + decoder.width] @ unpack(pairs, half).T
                         if decoder.scaled:
                             scale = np.asarray(streams[-1].array, np.float64)
-                            row = int(decoder.stream_row(len(streams) - 1, step, f))
+                            row = int(decoder.source(len(streams) - 1, f, step, 0)[0])
                             scale = scale[row, first : first + rows] if row < len(scale) else np.zeros(rows)
                             part = part[:, : len(scale)] * scale
                         width = max(0, min(rows, out - first))
@@ -182,13 +173,8 @@ def test_additive_codes(monkeypatch, count, blocks, groups, scaled):
     assert relative(y, np.asarray(x, np.float64) @ weight.T) < BOUND
 
 
-def words_of(codes, bits, group):
-    lines = word_layout.num_lines(codes.shape[1], bits, int(np.lcm(64, group or 1)))
-    return word_layout.to_words(jnp.asarray(codes), bits, lines)
-
-
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize(("group", "columns"), [(None, 330), (128, 384), (32, 640), (48, 480)])
+@pytest.mark.parametrize(("group", "columns"), [(None, 330), (128, 384), (32, 640), (96, 480)])
 @pytest.mark.parametrize("has_zero", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_uniform_codes(monkeypatch, bits, group, columns, has_zero, dtype):
@@ -203,7 +189,7 @@ def test_uniform_codes(monkeypatch, bits, group, columns, has_zero, dtype):
     x = inputs(2, columns, dtype)
     config = gpu_decode.BlockConfig(2, 1 if bits < 4 else 2, 8)
     zero = None if zero is None else jnp.asarray(zero)
-    words = words_of(codes, bits, group)
+    words = tiles.to_tiles(jnp.asarray(codes), bits, table=False)
     y = scalar.uniform_matmul(x, words, jnp.asarray(scale), zero, bits=bits, config=config)
     assert relative(y, np.asarray(x, np.float64) @ weight.T) < (1e-6 if dtype != "float32" else BOUND)
 
@@ -220,7 +206,7 @@ def test_levels(monkeypatch, bits, dtype):
     weight = np.take_along_axis(levels.astype(np.float64), codes, 1) * scale
     x = inputs(2, columns, jnp.bfloat16)
     config = gpu_decode.BlockConfig(2, 2, 8)
-    words = words_of(codes, bits, None)
+    words = tiles.to_tiles(jnp.asarray(codes), bits, table=True)
     y = scalar.level_matmul(x, words, jnp.asarray(levels), jnp.asarray(scale), bits=bits, config=config)
     assert relative(y, np.asarray(x, np.float64) @ weight.T) < BOUND
 
@@ -244,6 +230,7 @@ def test_tiles_of_tokens_are_equal(tokens):
     assert config.tokens % 8 == 0
     assert config.tokens <= 256
     assert -(-tokens // config.tokens) == -(-tokens // 256)
+    assert gpu_decode.block_config(tokens, scaled=True).tokens <= 128
 
 
 def test_half_precision_rows():
@@ -264,7 +251,7 @@ def test_lowering(tokens):
     x, shape = jax.ShapeDtypeStruct((tokens, 1024), jnp.bfloat16), jax.ShapeDtypeStruct
     books, banked = shape((2, 256 * 8), jnp.float16), shape((16, 520, 4), jnp.uint32)
     assert "mosaic_gpu" in lowered(lambda x, w, b: additive.decode_matmul(x, w, b, None), x, banked, books)
-    words, scale = shape((128, 520), jnp.uint32), shape((520, 8), jnp.float16)
+    words, scale = shape((33, 4, 1, 128, 4), jnp.uint32), shape((520, 8), jnp.float16)
     zero = shape((8, 520), jnp.uint8)
     assert "mosaic_gpu" in lowered(lambda *a: scalar.uniform_matmul(*a, bits=4), x, words, scale, zero)
     levels = shape((520, 16), jnp.float16)

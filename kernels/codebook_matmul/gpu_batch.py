@@ -21,7 +21,9 @@ _ENTRIES, _VECTOR, _COPIES = 256, 8, 8
 _ENTRY_BYTES = 2 * _VECTOR
 _LINE = _ENTRY_BYTES * _COPIES  # bytes from an entry to the next
 _BOOK = _LINE * _ENTRIES  # bytes of a codebook's copies
-_ROWS, _PIECE = 4, 64  # rows of words of a set, outputs of a piece of a row: 256 words
+_ROWS, _WORDS = 4, 4  # rows of words of a set, words of a row and output
+_PIECE = 64  # outputs of a copy
+_ROW_BYTES = 4 * _WORDS * _PIECE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +57,10 @@ class AdditiveDecoder:
         """First input of a fragment."""
         return (step * self.calls + fragment) * self.width
 
-    def stream_row(self, stream: int, step: Any, copy: int) -> Any:
-        """First row of words of a step's set."""
-        del stream, copy
-        return step // self.parts * _ROWS
+    def source(self, stream: int, copy: int, step: Any, row: Any) -> tuple[Any, Any]:
+        """The words of a step's set for 64 outputs."""
+        del stream
+        return step // self.parts * _ROWS, row * _WORDS + copy * _PIECE * _WORDS
 
     def shared(self) -> Sequence[Any]:
         """The codebooks' copies."""
@@ -76,24 +78,25 @@ class AdditiveDecoder:
                 r.store(r.add(line, r.times(copy, _ENTRY_BYTES)), values)
 
     def decode(self, r: gr.Registers, call: int, blocks: int, state: gpu_decode.Step) -> Sequence[gr.Pairs]:
-        """One fragment: the entry of thread (., c) for half u is that of group 4 u + c, see `permute_columns`."""
-        thread, (line, _, piece) = r.thread(), state.pitches[0]
+        """One fragment: the entry of thread (., c) for half u is that of group 4 u + c, see `gpu_decode.permute_columns`."""
+        thread = r.thread()
         table = r.add(state.shared[0], r.times(r.mask(thread, _COPIES - 1), _ENTRY_BYTES))
         # The group of this thread in half 0; other halves, calls and codebooks differ from it in other bits of the slot.
         group = r.add(r.mask(thread, 3), r.times(r.mask(state.step, self.parts - 1), 8 * self.calls))
         pairs: gr.Pairs = [[[None] * 2 for _ in range(8)] for _ in range(blocks)]
         for b in range(blocks):
             for h in range(2):
-                row = r.add(r.first_row(blocks), r.constant(2 * b + h))
-                codes = r.add(state.streams[0], r.times(r.shift(row, 6), piece))
-                codes = r.add(codes, r.times(r.mask(row, _PIECE - 1), 16))
+                row = r.row(b, h)
+                piece = r.shift(r.add(state.inner, row), 6)
+                codes = r.add(state.streams[0], r.times(piece, _ROWS * _ROW_BYTES))
+                codes = r.add(codes, r.times(r.mask(row, _PIECE - 1), 4 * _WORDS))
                 turned = r.differ(group, r.mask(row, layout.LANES - 1))
-                turned = r.add(r.mask(turned, 15), r.times(r.shift(turned, 4), line))
+                turned = r.add(r.mask(turned, 15), r.times(r.shift(turned, 4), _ROW_BYTES))
                 for u in range(2):
                     entry = None
                     for m in range(self.count):
                         slot = m * (layout.SET // self.count) + 8 * call + 4 * u
-                        place = r.differ(turned, r.constant(slot % 16 + slot // 16 * line))
+                        place = r.differ(turned, r.constant(slot % 16 + slot // 16 * _ROW_BYTES))
                         code = r.load_byte(r.add(codes, place))
                         entry = self._add_entry(r, entry, r.add(table, r.times(code, _LINE)), m)
                     for j in range(4):
@@ -106,16 +109,6 @@ class AdditiveDecoder:
         if total is None:
             return entry
         return [r.packed("add.f16x2", a, b) for a, b in zip(total, entry, strict=True)]
-
-
-def permute_columns(x: jax.Array) -> jax.Array:
-    """Inputs [tokens, in] as fragments of gathered entries need them; in is a multiple of 32.
-
-    In a fragment thread (., c) has columns 8 k + 2 c and the next; of its entry (c, pairs j = 0 .. 3) it puts pair j
-    into k = j. So what is column 8 c + 2 j in the weight is column 8 j + 2 c in the fragment.
-    """
-    tokens, columns = x.shape
-    return x.reshape(tokens, columns // 32, 4, 4, 2).swapaxes(2, 3).reshape(tokens, columns)
 
 
 def _decoder(count: int, sets: int, config: gpu_decode.BlockConfig) -> AdditiveDecoder:
@@ -156,8 +149,8 @@ def decode_matmul(
         x = x.astype(jnp.float32) * jnp.repeat(column_scale.astype(jnp.float32), _VECTOR)[None, :]
     books, book_scale = gpu_decode.as_half(codebooks.reshape(1, -1))
     x, x_scale = gpu_decode.as_half(x)
-    x = permute_columns(jnp.pad(x, ((0, 0), (0, -x.shape[1] % 32))))
-    stream = gpu_decode.Stream(words.reshape(lines, -1), _ROWS, width=4)
+    x = gpu_decode.permute_columns(x)
+    stream = gpu_decode.Stream(words.reshape(lines, -1), (_ROWS, _PIECE * _WORDS), config.rows // _PIECE)
     books = books.reshape(-1, _VECTOR)
     factors = gpu_decode.factors(x_scale, [row_scale, None if book_scale is None else book_scale[0]], out)
     return gpu_decode.matmul(x, [stream], [books], decoder, out=out, config=config, factors=factors, dtype=dtype)

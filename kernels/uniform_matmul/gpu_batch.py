@@ -1,9 +1,8 @@
-"""Scalar codes on GPUs for several tokens: shifts and byte permutations make them the tensor cores' left operand.
+"""Scalar codes on GPUs for several tokens: masks and byte permutations make them the tensor cores' left operand.
 
-A half word's position is a stretch of consecutive columns (see `layout`), so a word brings pairs of columns for as many
-fragments as it has positions, each with inputs of its own. Codes of uniform grids become the integers code - zero,
-which float16 and bfloat16 hold exactly; scales of groups are applied to the float32 sums of a group, scales of rows at
-the end. Levels are looked up in registers, their bytes by themselves, because byte permutations look up four at once.
+A thread's words are the codes of its rows and columns, see `tiles`. Codes of uniform grids become the integers
+code - zero, which float16 and bfloat16 hold exactly; scales of groups are applied to the float32 sums of a group, scales
+of rows at the end. Levels are looked up in registers, their bytes by themselves: byte permutations look up four at once.
 """
 
 import dataclasses
@@ -13,55 +12,68 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant.kernels import gpu_decode
 from jaxquant.kernels import gpu_registers as gr
-from jaxquant.kernels.uniform_matmul import layout
+from jaxquant.kernels.uniform_matmul import tiles
 
-_STEPS = (64, 32, 16)  # half words per step, and columns of a fragment at most
+_WIDTH = 64  # columns of a fragment, at most
 _STAGES = 3  # steps in flight that shared memory should hold
+_PAIR = 0x10001  # a number of 16 bits times this: twice
 # 1024 in float16 and 128 in bfloat16, twice: a number of up to 10 or 7 bits in their place is added to it.
 _ONE_UNIT = {jnp.dtype(jnp.float16): 0x64006400, jnp.dtype(jnp.bfloat16): 0x43004300}
-_PAIR = 0x10001  # a number of 16 bits times this: twice
 
 
 @dataclasses.dataclass(frozen=True)
-class _WordDecoder:
+class _TileDecoder:
     """What uniform codes and levels have in common, see `gpu_decode.Decoder`.
 
     Attributes:
       bits: of a code.
-      lines: half words per output, a multiple of `step`.
-      step: lines of a step, one of _STEPS.
-      width: columns of a fragment, a divisor of `step`.
+      blocks: of columns.
+      rows: outputs of a tile of the product.
+      calls: chunks per step, a divisor of those of a block.
+      width: columns of a fragment, a divisor of those of a chunk.
     """
 
     bits: int
-    lines: int
-    step: int
+    blocks: int
+    rows: int
+    calls: int
     width: int
 
-    calls = 1
+    @property
+    def loads(self) -> int:
+        """Of a thread for a chunk."""
+        return tiles.thread_words(self.bits) // tiles.load_words(self.bits)
+
+    @property
+    def fragments(self) -> int:
+        """Of a chunk."""
+        return tiles.chunk_columns(self.bits) // self.width
 
     @property
     def steps(self) -> int:
         """Steps of the whole weight."""
-        return self.lines // self.step
-
-    @property
-    def fragments(self) -> int:
-        """Fragments per step: positions, and within them stretches."""
-        return layout.positions(self.bits) * self.step // self.width
+        return self.blocks * tiles.WARPS // self.calls
 
     def column(self, step: Any, fragment: int) -> Any:
         """First input of a fragment."""
-        position, stretch = divmod(fragment, self.step // self.width)
-        return step * self.step + (position * self.lines + stretch * self.width)
+        return step * (self.calls * tiles.chunk_columns(self.bits)) + fragment * self.width
 
-    def stream_row(self, stream: int, step: Any, copy: int) -> Any:
-        """First row of words."""
-        del stream, copy
-        return step * (self.step // 2)
+    def source(self, stream: int, copy: int, step: Any, row: Any) -> tuple[Any, Any]:
+        """The words of a load of a chunk."""
+        del stream
+        chunk, load = step * self.calls + copy // self.loads, copy % self.loads
+        words = 32 * tiles.load_words(self.bits)
+        place = (chunk // tiles.WARPS * self.loads + load) * tiles.WARPS + chunk % tiles.WARPS
+        return row // tiles.ROWS, place * words
+
+    def stream(self, words: jax.Array) -> gpu_decode.Stream:
+        """Words in tiles as the first stream."""
+        box = self.rows // tiles.ROWS, 32 * tiles.load_words(self.bits)
+        return gpu_decode.Stream(words.reshape(len(words), -1), box, self.calls * self.loads)
 
     def shared(self) -> Sequence[Any]:
         """Nothing."""
@@ -70,31 +82,33 @@ class _WordDecoder:
     def fill(self, r: gr.Registers, tables: Sequence[Any], shared: Sequence[Any], thread: Any, threads: int) -> None:
         """Makes nothing."""
 
-    def _words(self, r: gr.Registers, blocks: int, state: gpu_decode.Step) -> list[list[Any]]:
-        """Words of the thread's rows: [column // 8 of a position][row]."""
-        pitch = state.pitches[0][0]
-        start = r.add(state.streams[0], r.times(r.first_row(blocks), 4))
-        start = r.add(start, r.times(r.mask(r.thread(), 3), pitch))
-        return [r.load(start, 2 * blocks, 4 * k * pitch) for k in range(self.step // 8)]
+    def _words(self, r: gr.Registers, call: int, blocks: int, state: gpu_decode.Step) -> list[list[list[Any]]]:
+        """Words of a thread for a chunk: [block][h]."""
+        side, words = tiles.load_words(self.bits), []
+        line = 32 * 4 * side  # bytes of a tile's load
+        warp, lane = r.shift(r.thread(), 5), r.mask(r.thread(), 31)
+        start = r.add(state.streams[0], r.add(r.times(lane, 4 * side), r.times(warp, line)))
+        start = r.add(start, r.times(state.inner, line // tiles.ROWS))
+        for b in range(blocks):
+            mine = []
+            for load in range(self.loads):
+                copy = call * self.loads + load
+                mine += r.load(start, side, (copy * self.rows // tiles.ROWS + b * tiles.WARPS) * line)
+            words.append([mine[: len(mine) // 2], mine[len(mine) // 2 :]])
+        return words
 
-    def _fragments(self, blocks: int, value: Any) -> list[gr.Pairs]:
-        """Fragments of value(fragment, position, column // 8 of the position, row)."""
-        eights, stretches = self.width // 8, self.step // self.width
+    def _fragments(self, pairs: list[list[list[Any]]]) -> list[gr.Pairs]:
+        """Fragments of a chunk's pairs [block][h][columns / 8]."""
+        eights = self.width // 8
         return [
-            [
-                [
-                    [value(f, f // stretches, f % stretches * eights + k, 2 * b + h) for h in range(2)]
-                    for k in range(eights)
-                ]
-                for b in range(blocks)
-            ]
+            [[[rows[h][f * eights + k] for h in range(2)] for k in range(eights)] for rows in pairs]
             for f in range(self.fragments)
         ]
 
 
 @dataclasses.dataclass(frozen=True)
-class UniformDecoder(_WordDecoder):
-    """Words uint32 [lines / 2, out], perhaps zeros uint8 [groups, out] and scales [groups, out].
+class UniformDecoder(_TileDecoder):
+    """Words in tiles, perhaps zeros uint8 [groups, out] and scales [groups, out].
 
     Attributes:
       group: columns that share a zero and a scale, None for all.
@@ -108,51 +122,56 @@ class UniformDecoder(_WordDecoder):
     scaled: bool
     dtype: Any
 
-    def stream_row(self, stream: int, step: Any, copy: int) -> Any:
-        """First row of words, or of a fragment's group."""
+    def source(self, stream: int, copy: int, step: Any, row: Any) -> tuple[Any, Any]:
+        """The words of a load of a chunk, or a fragment's group."""
         if stream == 0:
-            return step * (self.step // 2)
-        return 0 if self.group is None else self.column(step, copy) // self.group
+            return super().source(stream, copy, step, row)
+        return 0 if self.group is None else self.column(step, copy) // self.group, row
 
     def decode(self, r: gr.Registers, call: int, blocks: int, state: gpu_decode.Step) -> Sequence[gr.Pairs]:
-        """All fragments of a step."""
-        del call
-        words, one = self._words(r, blocks, state), _ONE_UNIT[jnp.dtype(self.dtype)]
-        zeros = {f: self._zeros(r, blocks, state, f) for f in range(self.fragments if self.group else 1)}
+        """The fragments of a chunk."""
+        words = self._words(r, call, blocks, state)
+        numbers = [[[self._number(r, x) for x in self._codes(r, mine)] for mine in rows] for rows in words]
+        fragments = self._fragments(numbers)
+        for f, fragment in enumerate(fragments):
+            zeros = self._zeros(r, blocks, state, call * self.fragments + f if self.group else 0)
+            for b, k, h in np.ndindex(blocks, len(fragment[0]), 2):
+                fragment[b][k][h] = self._subtract(r, fragment[b][k][h], zeros[b][h])
+        return fragments
 
-        def value(fragment, position, k, row):
-            word, zero = r.shift(words[k][row], self.bits * position), zeros[fragment if self.group else 0][row]
-            codes = r.mask(word, (2**self.bits - 1) * _PAIR)
-            return self._subtract(r, self._numbers(r, codes, one), zero)
+    def _codes(self, r: gr.Registers, words: list[Any]) -> list[Any]:
+        """Pairs of codes, one in each half of a register."""
+        mask = (2**self.bits - 1) * _PAIR
+        codes = [r.mask(r.shift(x, self.bits * i), mask) for x in words for i in range(16 // self.bits)]
+        if self.bits == 3:  # the sixteenth pair is in the words' last bits
+            last = [r.shift(r.mask(x, 0x8000 * _PAIR), 15 - i) for i, x in enumerate(words)]
+            codes.append(r.either(r.either(last[0], last[1]), last[2]))
+        return codes
 
-        return self._fragments(blocks, value)
-
-    def _subtract(self, r: gr.Registers, a: Any, b: Any) -> Any:
-        return r.packed("sub.rn.bf16x2" if self.dtype == jnp.bfloat16 else "sub.f16x2", a, b)
-
-    def _numbers(self, r: gr.Registers, codes: Any, one: int) -> Any:
+    def _number(self, r: gr.Registers, codes: Any) -> Any:
         """Two codes as floating-point numbers, all greater by the same number."""
+        one = _ONE_UNIT[jnp.dtype(self.dtype)]
         if self.bits < 8 or self.dtype == jnp.float16:
             return r.either(codes, r.constant(one))
         # A bfloat16 takes 7 bits in its unit's place; the eighth becomes 128 by multiplication.
         low = self._subtract(r, r.either(r.mask(codes, 0x7F * _PAIR), r.constant(one)), r.constant(one))
         return r.packed("add.rn.bf16x2", low, r.times(r.mask(codes, 0x80 * _PAIR), (one & 0xFFFF) >> 7))
 
-    def _zeros(self, r: gr.Registers, blocks: int, state: gpu_decode.Step, copy: int) -> list[Any]:
-        """What is subtracted from the codes of the thread's rows, twice each."""
+    def _subtract(self, r: gr.Registers, a: Any, b: Any) -> Any:
+        return r.packed("sub.rn.bf16x2" if self.dtype == jnp.bfloat16 else "sub.f16x2", a, b)
+
+    def _zeros(self, r: gr.Registers, blocks: int, state: gpu_decode.Step, copy: int) -> list[list[Any]]:
+        """What is subtracted from the numbers of the thread's rows, twice each: [block][h]."""
         if not self.has_zero:
-            zeros = [r.constant(2 ** (self.bits - 1) * _PAIR)] * (2 * blocks)
-        else:
-            start = r.add(state.streams[1], r.first_row(blocks))
-            word = r.load(start, blocks // 2, copy * state.pitches[1][1])[0]
-            zeros = [r.times(r.mask(r.shift(word, 8 * row), 255), _PAIR) for row in range(2 * blocks)]
-        one = _ONE_UNIT[jnp.dtype(self.dtype)]
-        return [self._numbers(r, zero, one) for zero in zeros]
+            return [[self._number(r, r.constant(2 ** (self.bits - 1) * _PAIR))] * 2] * blocks
+        start = r.add(state.streams[1], r.add(state.inner, r.constant(copy * self.rows)))
+        codes = [[r.load_byte(r.add(start, r.row(b, h))) for h in range(2)] for b in range(blocks)]
+        return [[self._number(r, r.times(code, _PAIR)) for code in rows] for rows in codes]
 
 
 @dataclasses.dataclass(frozen=True)
-class LevelDecoder(_WordDecoder):
-    """Words uint32 [lines / 2, out] and a table of levels float16 [out, 2**bits].
+class LevelDecoder(_TileDecoder):
+    """Words in tiles for tables, and levels float16 [out, 2**bits].
 
     Attributes:
       out: rows of the table.
@@ -162,54 +181,54 @@ class LevelDecoder(_WordDecoder):
     dtype, scaled = jnp.float16, False
 
     def decode(self, r: gr.Registers, call: int, blocks: int, state: gpu_decode.Step) -> Sequence[gr.Pairs]:
-        """All fragments of a step."""
-        del call
-        first = r.add(state.row, r.first_row(blocks))
-        tables = [self._planes(r, state.tables[0], r.add(first, r.constant(i))) for i in range(2 * blocks)]
-        words = self._words(r, blocks, state)
-        look_up = self._look_up_nibbles if self.bits == 4 else self._look_up
-        pairs = [[look_up(r, word, tables[row]) for row, word in enumerate(line)] for line in words]
-        return self._fragments(blocks, lambda fragment, position, k, row: pairs[k][row][position])
+        """The fragments of a chunk."""
+        words, pairs = self._words(r, call, blocks, state), []
+        for b in range(blocks):
+            planes = [self._planes(r, state.tables[0], r.add(state.row, r.row(b, h))) for h in range(2)]
+            pairs.append([self._look_up(r, words[b][h], planes[h]) for h in range(2)])
+        return self._fragments(pairs)
 
     def _planes(self, r: gr.Registers, levels: Any, row: Any) -> tuple[list[Any], list[Any]]:
         """Low and high bytes of a row's levels, four to a register."""
-        row_bytes = 2 * 2**self.bits
+        row_bytes, words = 2 * 2**self.bits, []
         start = r.times(r.least(row, self.out - 1), row_bytes)
-        words = []
         for offset in range(0, row_bytes, 16):
             words += r.load_global(levels, r.add(start, r.constant(offset)), min(4, row_bytes // 4))
         pairs = list(zip(words[::2], words[1::2], strict=True))
         low, high = r.constant(0x6420), r.constant(0x7531)
         return [r.permute(a, b, low) for a, b in pairs], [r.permute(a, b, high) for a, b in pairs]
 
-    def _look_up(self, r: gr.Registers, word: Any, planes: tuple[list[Any], list[Any]]) -> list[Any]:
-        """Pairs of levels of a word's positions, for up to 3 bits: two lookups of one byte each at once."""
+    def _look_up(self, r: gr.Registers, words: list[Any], planes: tuple[list[Any], list[Any]]) -> list[Any]:
+        """Pairs of levels of words, in the order of the columns."""
         pairs = []
-        for position in range(layout.positions(self.bits)):
-            code = r.mask(r.shift(word, self.bits * position), (2**self.bits - 1) * _PAIR)
-            selector = r.mask(r.either(code, r.shift(code, 12)), 0x77)
+        if self.bits == 4:
+            for half in (half for word in words for half in (word, r.shift(word, 16))):
+                low, high = self._four_of_sixteen(r, half, planes)
+                pairs += [r.permute(low, high, r.constant(order)) for order in (0x5140, 0x7362)]
+            return pairs
+        codes = [r.shift(x, 2 * self.bits * i) for x in words for i in range(16 // self.bits)]
+        if self.bits == 3:  # two bits of the sixteenth pair are in each word's last bits
+            last = [r.shift(r.mask(x, 3 << 30), 30 - 2 * i) for i, x in enumerate(words)]
+            codes.append(r.either(r.either(last[0], last[1]), last[2]))
+        one = 2**self.bits - 1
+        for code in codes:
+            second = r.mask(r.shift(code, self.bits - 4), one << 4)
+            selector = r.either(r.mask(code, one), second)
             low, high = (r.permute(plane[0], plane[-1], selector) for plane in planes)
             pairs.append(r.permute(low, high, r.constant(0x5140)))
         return pairs
 
-    def _look_up_nibbles(self, r: gr.Registers, word: Any, planes: tuple[list[Any], list[Any]]) -> list[Any]:
-        """The same for 4 bits: four lookups at once in each half of the 16 levels, then a choice between them."""
-        halves = []
-        for half in (word, r.shift(word, 16)):
-            selector = r.mask(half, 0x7777)
-            choice = r.either(r.mask(r.shift(half, 1), 0x4444), r.constant(0x3210))
-            low, high = (
-                r.permute(r.permute(a, b, selector), r.permute(c, d, selector), choice) for a, b, c, d in planes
-            )
-            halves.append([r.permute(low, high, r.constant(order)) for order in (0x5140, 0x7362)])
-        orders = (0x5410, 0x7632)
-        return [r.permute(halves[0][i], halves[1][i], r.constant(order)) for i in range(2) for order in orders]
+    def _four_of_sixteen(self, r: gr.Registers, codes: Any, planes: tuple[list[Any], list[Any]]) -> list[Any]:
+        """Low and high bytes of four levels: lookups in both halves of the levels, and a choice by the codes' last bit."""
+        selector = r.mask(codes, 0x7777)
+        choice = r.either(r.mask(r.shift(codes, 1), 0x4444), r.constant(0x3210))
+        return [r.permute(r.permute(a, b, selector), r.permute(c, d, selector), choice) for a, b, c, d in planes]
 
 
-def _step(bits: int, config: gpu_decode.BlockConfig) -> int:
-    """The longest step of which enough fit into shared memory."""
-    line = 2 * (layout.positions(bits) * config.tokens + config.rows)  # bytes
-    return next((step for step in _STEPS if _STAGES * step * line <= gpu_decode.SHARED), _STEPS[-1])
+def _calls(bits: int, config: gpu_decode.BlockConfig) -> int:
+    """Chunks of the longest step of which enough fit into shared memory."""
+    chunk = tiles.chunk_columns(bits) * (2 * config.tokens + config.rows * bits // 8)  # bytes
+    return next((calls for calls in (4, 2) if _STAGES * calls * chunk <= gpu_decode.SHARED), 1)
 
 
 def uniform_matmul(
@@ -226,27 +245,36 @@ def uniform_matmul(
 
     Args:
       x: float [tokens, in].
-      words: uint32 [lines / 2, out], see `layout`; lines a multiple of 64.
-      scale: float [out, groups].
+      words: uint32 [tiles, blocks, ...], see `tiles.to_tiles` with table = False.
+      scale: float [out, groups], groups of a multiple of 32 columns.
       zero: unsigned integers [groups, out], or None for 2**(bits - 1).
       bits: 2, 3, 4 or 8.
       dtype: of the result.
       config: sizes, by default from `gpu_decode.block_config`.
     """
     (out, groups), columns = scale.shape, x.shape[1]
-    x, x_scale = (x, None) if x.dtype == jnp.bfloat16 else gpu_decode.as_half(x)
     group = None if groups == 1 else columns // groups
-    config = config or gpu_decode.block_config(len(x))
-    step = _step(bits, config)
-    width = math.gcd(step, group or step)
-    decoder = UniformDecoder(bits, 2 * len(words), step, width, group, zero is not None, group is not None, x.dtype)
-    streams = [gpu_decode.Stream(gpu_decode.pad_outputs(words), step // 2)]
-    copies = decoder.fragments if group else 1
+    config = config or gpu_decode.block_config(len(x), scaled=group is not None)
+    x, x_scale = (x, None) if x.dtype == jnp.bfloat16 else gpu_decode.as_half(x)
+    width = math.gcd(min(_WIDTH, tiles.chunk_columns(bits)), group or _WIDTH)
+    decoder = UniformDecoder(
+        bits,
+        words.shape[1],
+        config.rows,
+        _calls(bits, config),
+        width,
+        group,
+        zero is not None,
+        group is not None,
+        x.dtype,
+    )
+    streams, copies = [decoder.stream(words)], decoder.calls * decoder.fragments if group else 1
     if zero is not None:
-        streams.append(gpu_decode.Stream(gpu_decode.pad_outputs(zero.astype(jnp.uint8)), 1, copies))
+        streams.append(gpu_decode.Stream(gpu_decode.pad_lines(zero.astype(jnp.uint8)), (1, config.rows), copies))
     if group is not None:
-        streams.append(gpu_decode.Stream(gpu_decode.pad_outputs(scale.T), 1, copies))
+        streams.append(gpu_decode.Stream(gpu_decode.pad_lines(scale.T), (1, config.rows), copies))
     factors = gpu_decode.factors(x_scale, [scale[:, 0] if group is None else None], out)
+    x = gpu_decode.permute_columns(x)
     return gpu_decode.matmul(x, streams, [], decoder, out=out, config=config, factors=factors, dtype=dtype)
 
 
@@ -264,22 +292,20 @@ def level_matmul(
 
     Args:
       x: float [tokens, in].
-      words: uint32 [lines / 2, out], see `layout`; lines a multiple of 64.
+      words: uint32 [tiles, blocks, ...], see `tiles.to_tiles` with table = True.
       levels: float [out, 2**bits].
       scale: float [out, 1] or [1, in], or None.
       bits: 2, 3 or 4.
       dtype: of the result.
       config: sizes, by default from `gpu_decode.block_config`.
     """
-    out = len(levels)
+    out, config = len(levels), config or gpu_decode.block_config(len(x))
     levels, level_scale = gpu_decode.as_half(levels)
     row_scale = None if scale is None or scale.shape[1] > 1 else scale[:, 0]
     if scale is not None and row_scale is None:
         x = x.astype(jnp.float32) * scale.astype(jnp.float32)
     x, x_scale = gpu_decode.as_half(x)
-    config = config or gpu_decode.block_config(len(x))
-    step = _step(bits, config)
-    decoder = LevelDecoder(bits, 2 * len(words), step, step, out)
-    streams = [gpu_decode.Stream(gpu_decode.pad_outputs(words), step // 2)]
+    decoder = LevelDecoder(bits, words.shape[1], config.rows, _calls(bits, config), _WIDTH, out)
     factors = gpu_decode.factors(x_scale, [row_scale, None if level_scale is None else level_scale[:, 0]], out)
+    x, streams = gpu_decode.permute_columns(x), [decoder.stream(words)]
     return gpu_decode.matmul(x, streams, [levels], decoder, out=out, config=config, factors=factors, dtype=dtype)
