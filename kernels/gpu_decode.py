@@ -166,6 +166,12 @@ class Shares:
         """First step of a share, and one past the last of the one before."""
         return share * self.total // self.count
 
+    @property
+    def most(self) -> int:
+        """Shares that have a part of the same tile, at most."""
+        first = np.arange(0, self.total, self.steps)
+        return int((self.owner(first + self.steps - 1) - self.owner(first)).max()) + 1
+
     def owner(self, step: Any) -> Any:
         """The share that has a step."""
         return ((step + 1) * self.count - 1) // self.total
@@ -267,7 +273,8 @@ class _Kernel:
         split = np.cumsum([len(self.streams), self.num_tables, sum(self.factors), 2])
         streams, tables, factors, (y, parts) = (list(refs[i:j]) for i, j in zip([0, *split[:-1]], split, strict=True))
         inputs, codes, shared, filled, free = refs[split[-1] :]
-        flags = pl.get_global(plgpu.SemaphoreType.REGULAR((self.shares.count * self.config.warpgroups,)))
+        tiles = self.shares.total // self.decoder.steps
+        flags = pl.get_global(plgpu.SemaphoreType.REGULAR((tiles * self.config.warpgroups,)))
         share, group = lax.axis_index("share"), lax.axis_index("warpgroup")
         start, stop = self.shares.start(share), self.shares.start(share + 1)
 
@@ -402,11 +409,11 @@ class _Kernel:
             gr.store_part(sums, parts, gr.scalar(place))
             gr.signal(flag)
 
-        @plgpu.inline_mgpu(arg_types=(layout, ref, ref, gr.SCALAR), return_type=kind)
-        def add(ctx, sums, parts, flag, place):
+        @plgpu.inline_mgpu(arg_types=(layout, ref, ref, gr.SCALAR, gr.SCALAR), return_type=kind)
+        def add(ctx, sums, parts, flag, place, count):
             del ctx
-            gr.wait(flag)
-            return gr.add_part(sums, parts, gr.scalar(place))
+            gr.wait(flag, gr.scalar(count))
+            return gr.add_parts(sums, parts, gr.scalar(place), groups, gr.scalar(count), self.shares.most - 1)
 
         @plgpu.inline_mgpu(arg_types=(layout, ref, [ref] * len(factors), gr.SCALAR, gr.SCALAR))
         def store(ctx, sums, y, factors, token, row):
@@ -416,18 +423,17 @@ class _Kernel:
             place = gr.scalar(token), gr.scalar(row)
             gr.store_rows(sums, y, *place, *given, tokens=self.tokens, rows=self.rows, dtype=self.dtype)
 
+        flag = flags.at[tile * groups + group]
+
         @pl.when(first > begin)
         def _():
-            place = share * groups + group
-            hand(sums, parts, flags.at[place], place)
+            hand(sums, parts, flag, share * groups + group)
 
         @pl.when(first == begin)
         def _():
-            def add_share(other, sums):
-                place = other * groups + group
-                return add(sums, parts, flags.at[place], place)
-
-            total = lax.fori_loop(share + 1, self.shares.owner(begin + self.decoder.steps - 1) + 1, add_share, sums)
+            total, others = sums, self.shares.owner(begin + self.decoder.steps - 1) - share
+            if self.shares.most > 1:
+                total = add(sums, parts, flag, (share + 1) * groups + group, others)
             row, token = self._place(tile)
             store(total, y, factors, token, row + group * gr.FRAGMENT_ROWS * self.config.blocks)
 

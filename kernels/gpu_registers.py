@@ -23,6 +23,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 WARPGROUP = 128
 FRAGMENT_ROWS = 64
+_LOADS = 8  # of four numbers, that a thread has in flight
 # Type of a scalar argument of `inline_mgpu`.
 SCALAR = plgpu.Layout.WG_SPLAT(())
 
@@ -211,17 +212,29 @@ def add_scaled(
 def store_part(array: mgpu.FragmentedArray, ref: Any, place: Register) -> None:
     """Writes float32 accumulators to device memory [places, values / 4, 128, 4], register by register."""
     r, values = Registers(), _flat(array)
-    for i, where in enumerate(_part_pointers(r, ref, place, len(values) // 4)):
-        utils.inline_ptx("st.global.v4.f32 [$0], {$1,$2,$3,$4};", where, *values[4 * i : 4 * i + 4])
+    where = _part_pointer(r, ref, place, len(values))
+    for first in range(0, len(values), 4):
+        ptx = f"st.global.v4.f32 [$0+{first * 4 * WARPGROUP}], {{$1,$2,$3,$4}};"
+        utils.inline_ptx(ptx, where, *values[first : first + 4])
 
 
-def add_part(array: mgpu.FragmentedArray, ref: Any, place: Register) -> mgpu.FragmentedArray:
-    """Adds what `store_part` wrote."""
+def add_parts(
+    array: mgpu.FragmentedArray, ref: Any, place: Register, stride: int, count: Register, most: int
+) -> mgpu.FragmentedArray:
+    """Adds what `store_part` wrote at place + i * stride for i < count <= most, in this order."""
     r, values, f32 = Registers(), _flat(array), ir.F32Type.get()
-    for i, where in enumerate(_part_pointers(r, ref, place, len(values) // 4)):
-        ptx = "ld.global.v4.f32 {$0,$1,$2,$3}, [$4];"
-        others = utils.inline_ptx(ptx, where, result_types=(f32,) * 4, has_side_effects=True)
-        values[4 * i : 4 * i + 4] = [arith.addf(a, b) for a, b in zip(values[4 * i : 4 * i + 4], others, strict=True)]
+    there = [arith.extui(count.type, arith.cmpi(arith.CmpIPredicate.ult, r.constant(i), count)) for i in range(most)]
+    pointers = [_part_pointer(r, ref, r.add(place, r.constant(i * stride)), len(values)) for i in range(most)]
+    ptx = "{.reg .pred p; setp.ne.u32 p, $5, 0; mov.f32 $0, 0f00000000; mov.f32 $1, 0f00000000;"
+    ptx += "mov.f32 $2, 0f00000000; mov.f32 $3, 0f00000000; @p ld.global.v4.f32 {$0,$1,$2,$3}, [$4+OFFSET];}"
+    loads = [(first, i) for first in range(0, len(values), 4) for i in range(most)]
+    for begin in range(0, len(loads), _LOADS):
+        some, got = loads[begin : begin + _LOADS], []
+        for first, i in some:
+            load = ptx.replace("OFFSET", str(first * 4 * WARPGROUP))
+            got.append(utils.inline_ptx(load, pointers[i], there[i], result_types=(f32,) * 4, has_side_effects=True))
+        for (first, _), part in zip(some, got, strict=True):
+            values[first : first + 4] = [arith.addf(a, b) for a, b in zip(values[first : first + 4], part, strict=True)]
     registers, rest = np.empty_like(array.registers), iter(values)
     for index, x in np.ndenumerate(array.registers):
         registers[index] = vector.from_elements(x.type, [next(rest) for _ in range(ir.VectorType(x.type).shape[0])])
@@ -233,9 +246,8 @@ def _flat(array: mgpu.FragmentedArray) -> list[Any]:
     return [vector.extract(x, dynamic_position=[], static_position=[i]) for x, i in parts]
 
 
-def _part_pointers(r: Registers, ref: Any, place: Register, count: int) -> list[Any]:
-    offset = r.add(r.times(place, count * WARPGROUP * 16), r.times(r.thread(), 16))
-    return [pointer(ref, r.add(offset, r.constant(i * WARPGROUP * 16))) for i in range(count)]
+def _part_pointer(r: Registers, ref: Any, place: Register, values: int) -> Any:
+    return pointer(ref, r.add(r.times(place, 4 * values * WARPGROUP), r.times(r.thread(), 16)))
 
 
 def signal(ref: Any) -> None:
@@ -244,9 +256,9 @@ def signal(ref: Any) -> None:
     utils.SemaphoreRef(utils.memref_ptr(ref)).signal(1, memory_scope="gpu")
 
 
-def wait(ref: Any) -> None:
-    """Waits until a semaphore is 1; the warpgroup then sees what was written before."""
-    utils.SemaphoreRef(utils.memref_ptr(ref)).wait(1, decrement=False, memory_scope="gpu")
+def wait(ref: Any, count: Register) -> None:
+    """Waits until a semaphore has been counted up so often; the warpgroup then sees what was written before."""
+    utils.SemaphoreRef(utils.memref_ptr(ref)).wait(count, decrement=False, memory_scope="gpu")
 
 
 def store_rows(
