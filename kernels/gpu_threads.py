@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
@@ -79,6 +78,11 @@ def loop(count: Int, body: Callable[[ir.Value, list[ir.Value]], Sequence[ir.Valu
     return list(op.results)
 
 
+def lane() -> ir.Value:
+    """Index of the thread in its warp."""
+    return bits_and(utils.thread_idx(), 31)
+
+
 def pointer(ref: ir.Value) -> ir.Value:
     """Address of the first element of a ref."""
     return utils.memref_ptr(ref)
@@ -129,11 +133,6 @@ def stream_words(address: ir.Value) -> list[ir.Value]:
     return list(utils.inline_ptx(ptx, address, result_types=[word] * 4, has_side_effects=True))
 
 
-def prefetch(address: ir.Value, size: Int) -> None:
-    """Fetches bytes of global memory, a multiple of 16 of them, into the second cache."""
-    utils.inline_ptx("cp.async.bulk.prefetch.L2.global [$0], $1;", address, i32(size), has_side_effects=True)
-
-
 def permute(low: ir.Value, high: ir.Value, selector: int) -> ir.Value:
     """Four bytes of the eight of two words; see `prmt` in the PTX manual."""
     word = ir.IntegerType.get_signless(32)
@@ -167,8 +166,3 @@ def constant(x: float) -> ir.Value:
 def of_block(address: ir.Value, rank: int) -> ir.Value:
     """The same place in the shared memory of another block of the cluster."""
     return utils.get_cluster_ptr(address, i32(rank), generic=False)
-
-
-def jax_has_mosaic_gpu() -> bool:
-    """True where the installed JAX has what the kernels use."""
-    return jax.__version_info__ >= (0, 11)
