@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
+from jaxlib.mlir.dialects import arith, llvm, nvvm, scf
 
 Int = Any  # an int or an i32 value
 
@@ -163,6 +163,35 @@ def constant(x: float) -> ir.Value:
     return utils.c(x, ir.F32Type.get())
 
 
-def of_block(address: ir.Value, rank: int) -> ir.Value:
+def of_block(address: ir.Value, rank: Int) -> ir.Value:
     """The same place in the shared memory of another block of the cluster."""
     return utils.get_cluster_ptr(address, i32(rank), generic=False)
+
+
+def cluster_barrier() -> None:
+    """Waits for all threads of the cluster; orders what they did with barriers, but not other memory accesses."""
+    utils.inline_ptx("fence.mbarrier_init.release.cluster;", has_side_effects=True)
+    utils.inline_ptx("barrier.cluster.arrive.relaxed.aligned;", has_side_effects=True)
+    utils.inline_ptx("barrier.cluster.wait.acquire.aligned;", has_side_effects=True)
+
+
+def init_barrier(address: ir.Value) -> None:
+    """Makes 8 bytes of shared memory a barrier of one arrival."""
+    nvvm.mbarrier_init(address, i32(1))
+
+
+def expect_bytes(barrier: ir.Value, count: int) -> None:
+    """Arrives, and lets the barrier wait for as many bytes as well."""
+    utils.BarrierRef(barrier, i32(0), None, 1).arrive_expect_tx(count)
+
+
+def wait_barrier(barrier: ir.Value) -> None:
+    """Waits for the first phase of a barrier of this block."""
+    first = utils.c(0, ir.IntegerType.get_signless(1))
+    utils.BarrierRef(barrier, i32(0), None, 1).wait_parity(first)
+
+
+def send(x: ir.Value, address: ir.Value, barrier: ir.Value) -> None:
+    """Writes a float32 value to shared memory of the cluster, which counts as 4 bytes on a barrier of the same block."""
+    ptx = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [$0], $1, [$2];"
+    utils.inline_ptx(ptx, address, arith.bitcast(ir.IntegerType.get_signless(32), x), barrier, has_side_effects=True)

@@ -7,10 +7,11 @@ codes are stored (`layout.banked_words`). A lookup is then three instructions: a
 over the slot's place in the table's row, the load, and an addition.
 
 A cluster of blocks has the same outputs and divides the inputs. Each block builds the tables of its slots on the matrix
-unit, a pass of a few sets at a time, streams the codes through registers, and holds its sums in shared memory; after
-the last pass the blocks add up each other's sums, in a fixed order.
+unit, a pass of a few sets at a time, and streams the codes through registers. Sums over the passes are held in shared
+memory; those over the cluster are added up in a fixed order, each block's share of the outputs.
 """
 
+import contextlib
 import functools
 import math
 from typing import Any
@@ -20,9 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, nvvm
+from jaxlib.mlir.dialects import arith, gpu
 
 from jaxquant.kernels import gpu_threads as t
+from jaxquant.kernels.codebook_matmul.gpu_exchange import Exchange
 from jaxquant.kernels.codebook_matmul.gpu_plan import TABLE_BYTES, TABLES, WARP, BlockConfig, Plan, block_config
 from jaxquant.kernels.codebook_matmul.gpu_tables import TableBuilder
 from jaxquant.kernels.codebook_matmul.layout import LANES
@@ -34,13 +36,14 @@ class _Thread:
     Args:
       plan: sizes.
       place: index of the block in its cluster, of the cluster along the outputs, and of the chunk of tokens.
-      refs: x [tokens, in], words [4 * sets, out, 4], codebooks [M, K * d], y [tokens, out], tables, sums, and the scale.
+      refs: x [tokens, in], words [4 * sets, out, 4], codebooks [M, K * d], y [tokens, out], the tables, sums, inbox and
+        barrier of the block, and the scale.
     """
 
     def __init__(self, plan: Plan, place: tuple[ir.Value, ...], refs: tuple[ir.Value, ...]):
         self.plan = plan
         self.block, cluster, self.chunk = place
-        x, self.words, books, self.y, self.tables, self.sums, *scale = map(t.pointer, refs)
+        x, self.words, books, self.y, self.tables, self.sums, inbox, barrier, *scale = map(t.pointer, refs)
         self.scale = scale[0] if scale else None
         self.thread = self.member = t.utils.thread_idx()
         self.team = t.i32(0)
@@ -51,6 +54,7 @@ class _Thread:
         self.first_output = t.mul(cluster, plan.config.width)
         column_scale = self.scale if plan.scale == "columns" else None
         self.builder = TableBuilder(plan, self.first_set, self.chunk, x, books, column_scale)
+        self.exchange = Exchange(plan, self.block, inbox, barrier)
         # Places in a row of a table, four steps in a word.
         steps = [t.shift_left(t.xor(t.lane(), i), 2) for i in range(LANES)]
         self.places = [
@@ -67,6 +71,7 @@ class _Thread:
         plan = self.plan
         steps, ahead, unit = plan.passes * plan.tiles, plan.config.ahead, 16 * plan.own_sets
         words = [word for i in range(ahead) for word in self.load_words(t.i32(min(i, steps - 1)))]
+        self.exchange.open()
 
         def one_pass(index, words):
             inputs = self.builder.load_inputs(index)
@@ -83,7 +88,8 @@ class _Thread:
             return t.loop(plan.tiles, tile, words)
 
         t.loop(plan.passes, one_pass, words)
-        self.reduce()
+        self.exchange.receive()
+        self.finish()
 
     def load_words(self, step: ir.Value) -> list[ir.Value]:
         """Words of this thread's output and its team's sets, for step = pass * tiles + tile."""
@@ -120,68 +126,43 @@ class _Thread:
         return [arith.addf(arith.addf(a, b), arith.addf(c, d)) for a, b, c, d in sums]
 
     def accumulate(self, index: ir.Value, tile: ir.Value, found: list[ir.Value]) -> None:
-        """Adds to this block's sums, [token, team, output]."""
-        width = self.plan.config.width
-        output = t.add(t.mul(tile, self.plan.members), self.member)
-        place = t.add(output, t.mul(self.team, width))
-        first = t.less(index, 1)
-
-        def add():
-            for token, value in enumerate(found):
-                address = t.at(self.sums, t.mul(place, 4), 4 * width * self.plan.config.teams * token)
-                if self.plan.passes > 1:
-                    (old,) = t.load(address, jnp.float32)
-                    value = arith.addf(value, t.select(first, t.constant(0.0), old))
-                t.store(value, address)
-
-        if width % self.plan.members:
-            with t.utils.when(t.less(output, width)):
-                add()
-        else:
-            add()
-
-    def reduce(self) -> None:
-        """Sums over the cluster, scales and writes this block's share of the outputs."""
-        plan, config = self.plan, self.plan.config
-        nvvm.cluster_arrive(aligned=True)
-        nvvm.cluster_wait(aligned=True)
-        for start in range(0, plan.share, plan.threads):
-            index = t.add(self.thread, start)
-            local = t.add(t.mul(self.block, plan.share), index)
-            output = t.add(self.first_output, local)
-            mine = arith.andi(
-                t.less(index, plan.share), arith.andi(t.less(local, config.width), t.less(output, plan.out))
-            )
-            with t.utils.when(mine):
-                for token in range(plan.chunk):
-                    self.finish(local, output, token)
-        # Nobody leaves while others read its sums.
-        nvvm.cluster_arrive(aligned=True)
-        nvvm.cluster_wait(aligned=True)
-
-    def finish(self, local: ir.Value, output: ir.Value, token: int) -> None:
-        """Writes one output of one token."""
+        """Adds to this block's sums, float32 [token, team, output]; in the last pass, sends them."""
         plan = self.plan
-        teams = plan.config.teams
-        parts = []
-        for rank in range(plan.config.cluster):
-            for team in range(teams):
-                address = t.at(self.sums, t.mul(local, 4), 4 * plan.config.width * (teams * token + team))
-                parts += t.load(t.of_block(address, rank), jnp.float32)
-        value = functools.reduce(arith.addf, parts)
-        if plan.scale == "rows":
-            kind = plan.dtypes["scale"]
-            (factor,) = t.load(t.at(self.scale, t.mul(output, jnp.dtype(kind).itemsize)), kind)
-            value = arith.mulf(value, factor)
-        line = t.add(t.mul(self.chunk, plan.chunk), token)
-        kind = plan.dtypes["y"]
+        width, teams = plan.config.width, plan.config.teams
+        output = t.add(t.mul(tile, plan.members), self.member)
+        address = t.at(self.sums, t.mul(t.add(output, t.mul(self.team, width)), 4))
+        with t.utils.when(t.less(output, width)):
+            for token, value in enumerate(found):
+                if plan.passes > 1:
+                    place = t.at(address, 4 * width * teams * token)
+                    (old,) = t.load(place, jnp.float32)
+                    value = arith.addf(value, t.select(t.less(index, 1), t.constant(0.0), old))
+                    t.store(value, place)
+                with t.utils.when(t.less(plan.passes - 2, index)) if plan.passes > 1 else contextlib.nullcontext():
+                    self.exchange.send(output, self.team, token, value)
+
+    def finish(self) -> None:
+        """Adds up, scales and writes this block's share of the outputs."""
+        plan = self.plan
+        for start in range(0, plan.share, plan.threads):
+            local = t.add(self.thread, start)
+            output = t.add(self.first_output, t.mul(self.block, plan.share), local)
+            with t.utils.when(arith.andi(t.less(local, plan.share), t.less(output, plan.out))):
+                for token in range(plan.chunk):
+                    value = self.exchange.total(local, token)
+                    if plan.scale == "rows":
+                        kind = plan.dtypes["scale"]
+                        (factor,) = t.load(t.at(self.scale, t.mul(output, jnp.dtype(kind).itemsize)), kind)
+                        value = arith.mulf(value, factor)
+                    self.write(value, output, token)
+
+    def write(self, value: ir.Value, output: ir.Value, token: int) -> None:
+        """Writes an element of y."""
+        plan, kind = self.plan, self.plan.dtypes["y"]
         size = jnp.dtype(kind).itemsize
-        address = t.at(self.y, t.mul(line, plan.out * size), t.mul(output, size))
-        if plan.tokens % plan.chunk:
-            with t.utils.when(t.less(line, plan.tokens)):
-                t.store(value, address, kind)
-        else:
-            t.store(value, address, kind)
+        line = t.add(t.mul(self.chunk, plan.chunk), token)
+        with t.utils.when(t.less(line, plan.tokens)) if plan.tokens % plan.chunk else contextlib.nullcontext():
+            t.store(value, t.at(self.y, t.mul(line, plan.out * size), t.mul(output, size)), kind)
 
 
 def _kernel(*refs, plan: Plan):
@@ -190,14 +171,14 @@ def _kernel(*refs, plan: Plan):
         plgpu.griddepcontrol_launch_dependents()
         plgpu.griddepcontrol_wait()
     x, words, books, *rest = refs
-    scale, (y, tables, sums) = rest[:-3], rest[-3:]
+    scale, (y, *scratch) = rest[:-5], rest[-5:]
     scalar = plgpu.Layout.WG_SPLAT(())
 
     @plgpu.inline_mgpu(arg_types=(scalar,) * 3 + (plgpu.RefType(),) * len(refs))
     def thread(_, block, cluster, chunk, *refs):
         _Thread(plan, tuple(i.registers.item() for i in (block, cluster, chunk)), refs).run()
 
-    thread(*place, x, words, books, y, tables, sums, *scale)
+    thread(*place, x, words, books, y, *scratch, *scale)
 
 
 def lookup_matmul(
@@ -244,6 +225,8 @@ def lookup_matmul(
         scratch_types=[
             plgpu.SMEM((config.sets * chunk * TABLE_BYTES // 4,), jnp.float32),
             plgpu.SMEM((chunk * config.teams * config.width,), jnp.float32),
+            plgpu.SMEM((chunk * config.teams * config.width,), jnp.float32),
+            plgpu.SMEM((2,), jnp.int32),
         ],
         kernel_name="lookup_matmul",
     )

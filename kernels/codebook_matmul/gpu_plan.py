@@ -111,7 +111,7 @@ class Plan:
     @property
     def share(self) -> int:
         """Outputs that a block sums over its cluster."""
-        return -(-self.config.width // self.config.cluster)
+        return self.config.width // self.config.cluster
 
     @property
     def total_groups(self) -> int:
