@@ -9,6 +9,7 @@ WARPGROUP, WARP = 128, 32  # threads
 ROW_BYTES = 4 * SET  # of a table: the partial products of one code with all slots of a set
 TABLE_BYTES = 256 * ROW_BYTES
 TABLES = 3  # that fit in shared memory
+SHARED_BYTES = 226 * 1024  # of a block
 CLUSTERS = 15  # of 8 blocks that run at once on 132 multiprocessors, which come in parts of 16 or fewer
 
 
@@ -40,7 +41,8 @@ def block_config(total_sets: int, out: int, chunk: int) -> BlockConfig:
     cluster = 8
     sets = max(1, min(TABLES // chunk, 2, -(-total_sets // cluster)))
     width = -(-out // (CLUSTERS * LANES)) * LANES
-    return BlockConfig(4, cluster, sets, 1, min(width, 4096))
+    most = (SHARED_BYTES - sets * chunk * TABLE_BYTES) // (2 * 4 * chunk)  # outputs whose sums fit twice
+    return BlockConfig(4, cluster, sets, 1, min(width, most // LANES * LANES))
 
 
 @dataclasses.dataclass(frozen=True)
