@@ -20,8 +20,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu
 
 from jaxquant.kernels import gpu_threads as t
 from jaxquant.kernels.codebook_matmul.gpu_exchange import Exchange
@@ -40,29 +38,27 @@ class _Thread:
         barrier of the block, and the scale.
     """
 
-    def __init__(self, plan: Plan, place: tuple[ir.Value, ...], refs: tuple[ir.Value, ...]):
+    def __init__(self, plan: Plan, place: tuple[t.Value, ...], refs: tuple[t.Value, ...]):
         self.plan = plan
         self.block, cluster, self.chunk = place
         x, self.words, books, self.y, self.tables, self.sums, inbox, barrier, *scale = map(t.pointer, refs)
         self.scale = scale[0] if scale else None
-        self.thread = self.member = t.utils.thread_idx()
-        self.team = t.i32(0)
+        self.thread = self.member = t.thread_index()
+        self.team: t.Int = 0
         if plan.config.teams > 1:
             # The same for all of a warp and known to be: addresses of tables then need no instruction of their own.
-            self.team = arith.divui(t.utils.warp_idx(sync=True), t.i32(plan.members // WARP))
+            self.team = t.div(t.warp_index(), plan.members // WARP)
             self.member = t.sub(self.thread, t.mul(self.team, plan.members))
         self.first_output = t.mul(cluster, plan.config.width)
         column_scale = self.scale if plan.scale == "columns" else None
         self.builder = TableBuilder(plan, self.first_set, self.chunk, x, books, column_scale)
         self.exchange = Exchange(plan, self.block, inbox, barrier)
         # Places in a row of a table, four steps in a word.
-        steps = [t.shift_left(t.xor(t.lane(), i), 2) for i in range(LANES)]
-        self.places = [
-            functools.reduce(arith.ori, (t.shift_left(steps[i + j], 8 * j) for j in range(4)))
-            for i in range(0, LANES, 4)
-        ]
+        lane = t.rem(self.thread, WARP)
+        steps = [t.mul(t.xor(lane, i), 4) for i in range(LANES)]
+        self.places = [t.add(*(t.mul(steps[i + j], 1 << 8 * j) for j in range(4))) for i in range(0, LANES, 4)]
 
-    def first_set(self, index: ir.Value) -> ir.Value:
+    def first_set(self, index: t.Value) -> t.Value:
         """First set of this block in a pass."""
         return t.mul(t.add(t.mul(self.block, self.plan.passes), index), self.plan.config.sets)
 
@@ -70,14 +66,14 @@ class _Thread:
         """Everything."""
         plan = self.plan
         steps, ahead, unit = plan.passes * plan.tiles, plan.config.ahead, 16 * plan.own_sets
-        words = [word for i in range(ahead) for word in self.load_words(t.i32(min(i, steps - 1)))]
+        words = [word for i in range(ahead) for word in self.load_words(t.add(min(i, steps - 1)))]
         self.exchange.open()
 
         def one_pass(index, words):
             inputs = self.builder.load_inputs(index)
-            gpu.barrier()  # all lookups of the pass before are done
+            t.block_barrier()  # all lookups of the pass before are done
             self.builder.build(inputs, self.tables)
-            gpu.barrier()
+            t.block_barrier()
 
             def tile(i, words):
                 step = t.add(t.mul(index, plan.tiles), i)
@@ -91,10 +87,10 @@ class _Thread:
         self.exchange.receive()
         self.finish()
 
-    def load_words(self, step: ir.Value) -> list[ir.Value]:
+    def load_words(self, step: t.Value) -> list[t.Value]:
         """Words of this thread's output and its team's sets, for step = pass * tiles + tile."""
         plan = self.plan
-        index, tile = arith.divui(step, t.i32(plan.tiles)), arith.remui(step, t.i32(plan.tiles))
+        index, tile = t.div(step, plan.tiles), t.rem(step, plan.tiles)
         output = t.add(self.first_output, t.least(t.add(t.mul(tile, plan.members), self.member), plan.config.width - 1))
         output = t.least(output, plan.out - 1)
         first = t.add(self.first_set(index), t.mul(self.team, plan.own_sets))
@@ -108,7 +104,7 @@ class _Thread:
             words += [word for q in range(4) for word in t.stream_words(t.at(line, 16 * plan.out * q))]
         return words
 
-    def look_up(self, words: list[ir.Value]) -> list[ir.Value]:
+    def look_up(self, words: list[t.Value]) -> list[t.Value]:
         """Sums of the partial products that a unit of words names, one per token."""
         plan = self.plan
         tables = t.at(self.tables, t.mul(self.team, plan.own_sets * TABLE_BYTES))
@@ -122,23 +118,23 @@ class _Thread:
                     table = (token * plan.config.sets + s) * TABLE_BYTES + 128 * half
                     (found,) = t.load(t.at(tables, place, table), jnp.float32)
                     old = sums[token][j]
-                    sums[token][j] = found if old is None else arith.addf(old, found)
-        return [arith.addf(arith.addf(a, b), arith.addf(c, d)) for a, b, c, d in sums]
+                    sums[token][j] = found if old is None else t.fadd(old, found)
+        return [t.fadd(t.fadd(a, b), t.fadd(c, d)) for a, b, c, d in sums]
 
-    def accumulate(self, index: ir.Value, tile: ir.Value, found: list[ir.Value]) -> None:
+    def accumulate(self, index: t.Value, tile: t.Value, found: list[t.Value]) -> None:
         """Adds to this block's sums, float32 [token, team, output]; in the last pass, sends them."""
         plan = self.plan
         width, teams = plan.config.width, plan.config.teams
         output = t.add(t.mul(tile, plan.members), self.member)
         address = t.at(self.sums, t.mul(t.add(output, t.mul(self.team, width)), 4))
-        with t.utils.when(t.less(output, width)):
+        with t.when(t.less(output, width)):
             for token, value in enumerate(found):
                 if plan.passes > 1:
                     place = t.at(address, 4 * width * teams * token)
                     (old,) = t.load(place, jnp.float32)
-                    value = arith.addf(value, t.select(t.less(index, 1), t.constant(0.0), old))
+                    value = t.fadd(value, t.select(t.less(index, 1), t.number(0.0), old))
                     t.store(value, place)
-                with t.utils.when(t.less(plan.passes - 2, index)) if plan.passes > 1 else contextlib.nullcontext():
+                with t.when(t.less(plan.passes - 2, index)) if plan.passes > 1 else contextlib.nullcontext():
                     self.exchange.send(output, self.team, token, value)
 
     def finish(self) -> None:
@@ -147,21 +143,21 @@ class _Thread:
         for start in range(0, plan.share, plan.threads):
             local = t.add(self.thread, start)
             output = t.add(self.first_output, t.mul(self.block, plan.share), local)
-            with t.utils.when(arith.andi(t.less(local, plan.share), t.less(output, plan.out))):
+            with t.when(t.both(t.less(local, plan.share), t.less(output, plan.out))):
                 for token in range(plan.chunk):
                     value = self.exchange.total(local, token)
                     if plan.scale == "rows":
                         kind = plan.dtypes["scale"]
                         (factor,) = t.load(t.at(self.scale, t.mul(output, jnp.dtype(kind).itemsize)), kind)
-                        value = arith.mulf(value, factor)
+                        value = t.fmul(value, factor)
                     self.write(value, output, token)
 
-    def write(self, value: ir.Value, output: ir.Value, token: int) -> None:
+    def write(self, value: t.Value, output: t.Value, token: int) -> None:
         """Writes an element of y."""
         plan, kind = self.plan, self.plan.dtypes["y"]
         size = jnp.dtype(kind).itemsize
         line = t.add(t.mul(self.chunk, plan.chunk), token)
-        with t.utils.when(t.less(line, plan.tokens)) if plan.tokens % plan.chunk else contextlib.nullcontext():
+        with t.when(t.less(line, plan.tokens)) if plan.tokens % plan.chunk else contextlib.nullcontext():
             t.store(value, t.at(self.y, t.mul(line, plan.out * size), t.mul(output, size)), kind)
 
 

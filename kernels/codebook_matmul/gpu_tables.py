@@ -7,13 +7,11 @@ the groups are its rows, the entries its columns, and the order of a group's d i
 from typing import Any
 
 import jax.numpy as jnp
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
 
 from jaxquant.kernels import gpu_threads as t
-from jaxquant.kernels.codebook_matmul.gpu_plan import ROW_BYTES, TABLE_BYTES, Plan
+from jaxquant.kernels.codebook_matmul.gpu_plan import ROW_BYTES, TABLE_BYTES, WARP, Plan
 
-Operands = list[ir.Value]  # of one row or column: 2 * (d / 8) values, or 2 for d = 4
+Operands = list[t.Value]  # of one row or column: 2 * (d / 8) values, or 2 for d = 4
 
 
 class TableBuilder:
@@ -28,14 +26,14 @@ class TableBuilder:
       scale: address of the scale of columns [in / d], or None.
     """
 
-    def __init__(self, plan: Plan, first_set: Any, chunk: ir.Value, x: ir.Value, books: ir.Value, scale: Any):
+    def __init__(self, plan: Plan, first_set: Any, chunk: t.Value, x: t.Value, books: t.Value, scale: Any):
         self.plan, self.first_set, self.chunk = plan, first_set, chunk
         self.x, self.scale = x, scale
-        self.warp, lane = t.utils.warp_idx(sync=True), t.lane()
-        self.row, self.column = t.shift_right(lane, 2), t.bits_and(lane, 3)
+        self.warp, lane = t.warp_index(), t.rem(t.thread_index(), WARP)
+        self.row, self.column = t.div(lane, 4), t.rem(lane, 4)
         self.entries = self._load_entries(books)  # the same in all passes
 
-    def _load_entries(self, books: ir.Value) -> list[list[Operands]]:
+    def _load_entries(self, books: t.Value) -> list[list[Operands]]:
         """Entry 8 * (warp + turn * warps) + row of all codebooks, [turn][codebook]."""
         plan, dtype = self.plan, self.plan.dtypes["books"]
         size = plan.dimension * jnp.dtype(dtype).itemsize
@@ -46,16 +44,16 @@ class TableBuilder:
             turns.append([self._load(t.at(address, m * plan.entries * size), dtype) for m in range(plan.count)])
         return turns
 
-    def _load(self, vector: ir.Value, dtype: Any) -> Operands:
+    def _load(self, vector: t.Value, dtype: Any) -> Operands:
         """Elements 8k + 2 * column and the next of a vector of d, for all k; zeros beyond d = 4."""
         d, size = self.plan.dimension, jnp.dtype(dtype).itemsize
         if d >= 8:
             pair = t.at(vector, t.mul(self.column, 2 * size))
             return [x for k in range(d // 8) for x in t.load(t.at(pair, 8 * k * size), dtype, 2)]
         pair = t.load(t.at(vector, t.mul(t.bits_and(self.column, 1), 2 * size)), dtype, 2)
-        return [t.select(t.less(self.column, 2), x, t.constant(0.0)) for x in pair]
+        return [t.select(t.less(self.column, 2), x, t.number(0.0)) for x in pair]
 
-    def load_inputs(self, index: ir.Value) -> list[list[Operands]]:
+    def load_inputs(self, index: t.Value) -> list[list[Operands]]:
         """Inputs of a pass, scaled if columns are, [token * sets + set][groups of a set / 8]: group 8i + row."""
         plan = self.plan
         tables = []
@@ -67,7 +65,7 @@ class TableBuilder:
                 tables.append([self._load_group(line, t.add(group, i)) for i in range(0, plan.groups, 8)])
         return tables
 
-    def _load_group(self, line: ir.Value, group: ir.Value) -> Operands:
+    def _load_group(self, line: t.Value, group: t.Value) -> Operands:
         """A group of one token's inputs; zeros beyond the last one."""
         plan = self.plan
         inside = None
@@ -78,20 +76,20 @@ class TableBuilder:
         if self.scale is not None:
             dtype = plan.dtypes["scale"]
             (factor,) = t.load(t.at(self.scale, t.mul(group, jnp.dtype(dtype).itemsize)), dtype)
-            values = [arith.mulf(v, factor) for v in values]
-        return values if inside is None else [t.select(inside, v, t.constant(0.0)) for v in values]
+            values = [t.fmul(v, factor) for v in values]
+        return values if inside is None else [t.select(inside, v, t.number(0.0)) for v in values]
 
-    def build(self, inputs: list[list[Operands]], tables: ir.Value) -> None:
+    def build(self, inputs: list[list[Operands]], tables: t.Value) -> None:
         """Writes the tables of a pass, float32 [token, set, code, slot]."""
         plan = self.plan
         for turn, books in enumerate(self.entries):
             if plan.entries % (8 * plan.warps) and turn == len(self.entries) - 1:
-                with t.utils.when(t.less(t.add(self.warp, turn * plan.warps), -(-plan.entries // 8))):
+                with t.when(t.less(t.add(self.warp, turn * plan.warps), -(-plan.entries // 8))):
                     self._write(turn, books, inputs, tables)
             else:
                 self._write(turn, books, inputs, tables)
 
-    def _write(self, turn: int, books: list[Operands], inputs: list[list[Operands]], tables: ir.Value) -> None:
+    def _write(self, turn: int, books: list[Operands], inputs: list[list[Operands]], tables: t.Value) -> None:
         """Writes the rows of 8 codes.
 
         A thread has those of two codes, 2 * column and the next, and of slots 8q + row. Lest all columns write to the same
@@ -112,36 +110,33 @@ class TableBuilder:
                     for value, place in zip(values, places, strict=True):
                         t.store(value, t.at(place, offset))
 
-    def _products(self, books: list[Operands], groups: list[Operands]) -> list[list[ir.Value]]:
+    def _products(self, books: list[Operands], groups: list[Operands]) -> list[list[t.Value]]:
         """Partial products of slots 8q + row with the thread's two codes, [q][code]; slots are codebook before group."""
         octets = []
         for book in books:
             for i in range(0, len(groups), 2):
                 pair = groups[i : i + 2]
-                low, high = pair if len(pair) == 2 else (pair[0], [t.constant(0.0)] * len(book))
+                low, high = pair if len(pair) == 2 else (pair[0], [t.number(0.0)] * len(book))
                 c = self._product(low, high, book)
                 octets += [c[:2], c[2:]][: len(pair)]
         return octets
 
-    def _product(self, low: Operands, high: Operands, book: Operands) -> list[ir.Value]:
+    def _product(self, low: Operands, high: Operands, book: Operands) -> list[t.Value]:
         """Products of 16 groups with 8 entries; operands that 10 bits of mantissa do not hold are split in two."""
         plan = self.plan
         exact_x = self.scale is None and plan.dtypes["x"] != jnp.float32
         exact_books = plan.dtypes["books"] != jnp.float32
-        sums = [t.constant(0.0)] * 4
+        sums = [t.number(0.0)] * 4
         for k in range(0, len(book), 2):
             a, b = [low[k], high[k], low[k + 1], high[k + 1]], book[k : k + 2]
             a_parts = [a] if exact_x else _split(a)
             b_parts = [b] if exact_books else _split(b)
             for i, j in ((0, 0), (1, 0), (0, 1)):
                 if i < len(a_parts) and j < len(b_parts):
-                    sums = t.mma_tf32(a_parts[i], b_parts[j], sums)
+                    sums = t.mma(a_parts[i], b_parts[j], sums)
         return sums
 
 
 def _split(values: Operands) -> tuple[Operands, Operands]:
-    """Leading 10 bits of mantissas, and the rest."""
-    word, number = ir.IntegerType.get_signless(32), ir.F32Type.get()
-    mask = t.i32(-(1 << 13))
-    leading = [arith.bitcast(number, arith.andi(arith.bitcast(word, v), mask)) for v in values]
-    return leading, [arith.subf(v, lead) for v, lead in zip(values, leading, strict=True)]
+    leading, rest = zip(*map(t.split, values), strict=True)
+    return list(leading), list(rest)
