@@ -2,8 +2,8 @@
 
 For each shape, batch and format: a dense product, making the weight dense and multiplying, and our kernel, with the time
 that reading the weight's bytes takes at the memory's bandwidth. Weights rotate through copies that together outgrow the
-caches, because a model's layers do. All calls of a pass are one program, as a model's are, so that the host's part in
-each does not count; a figure is the median over passes, divided by their calls.
+caches, because a model's layers do. Many calls are one program, as a model's are, and several programs are queued, so
+that the host's part does not count; a figure is the median over passes, divided by their calls.
 
 Runs with other arguments add their rows to the device's file; a row that was there is replaced.
 """
@@ -46,7 +46,8 @@ class Arguments:
       formats: names of FORMATS.
       implementations: of "dense", "reference" and "kernel", the device's own.
       cache: bytes that the copies of a weight must exceed together.
-      calls: products in a pass, at least; it goes through the copies as often as that takes.
+      calls: products in a program, at least; it goes through the copies as often as that takes.
+      seconds: length of a pass, for which programs are queued; at least one is.
       passes: timed passes.
       bandwidth: bytes per second of the memory; by default that of known devices, else no floor is given.
       results: folder for the result.
@@ -58,7 +59,8 @@ class Arguments:
     implementations: tuple[str, ...] = ("dense", "reference", "kernel")
     cache: int = 2**28
     calls: int = 32
-    passes: int = 20
+    seconds: float = 0.02
+    passes: int = 10
     bandwidth: float | None = None
     results: Path = RESULTS
 
@@ -94,9 +96,9 @@ FORMATS: dict[str, Callable[..., QuantizedTensor]] = {
 }
 
 
-def microseconds(function: Callable[..., Any], x: jax.Array, weights: list[Any], calls: int, passes: int) -> float:
-    """Median time of one call over passes through all weights, each of at least `calls` calls."""
-    rounds = -(-calls // len(weights))
+def microseconds(function: Callable[..., Any], x: jax.Array, weights: list[Any], args: Arguments) -> float:
+    """Median time of one call of `function(x, weight)`."""
+    rounds = -(-args.calls // len(weights))
 
     @jax.jit
     def run(x, weights):
@@ -107,13 +109,15 @@ def microseconds(function: Callable[..., Any], x: jax.Array, weights: list[Any],
             results.append(y)
         return results
 
-    jax.block_until_ready(run(x, weights))
-    times = []
-    for _ in range(passes):
+    def took(programs: int) -> float:
         began = time.perf_counter()
-        jax.block_until_ready(run(x, weights))
-        times.append(time.perf_counter() - began)
-    return statistics.median(times) / (rounds * len(weights)) * 1e6
+        jax.block_until_ready([run(x, weights) for _ in range(programs)])
+        return time.perf_counter() - began
+
+    took(1)  # compiles
+    programs = max(1, round(args.seconds / took(1)))
+    seconds = statistics.median(took(programs) for _ in range(args.passes))
+    return seconds / (programs * rounds * len(weights)) * 1e6
 
 
 def rows(args: Arguments) -> Iterator[dict[str, Any]]:
@@ -149,7 +153,7 @@ def rows(args: Arguments) -> Iterator[dict[str, Any]]:
                         "batch": batch,
                         "implementation": implementation,
                         "default": implementation == choose(packed[0], tokens=batch),
-                        "microseconds": microseconds(function, x, weights, args.calls, args.passes),
+                        "microseconds": microseconds(function, x, weights, args),
                         "floor_microseconds": None if bandwidth is None else size / bandwidth * 1e6,
                         "bytes": size,
                         "dtype": x.dtype.name,

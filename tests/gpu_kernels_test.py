@@ -106,6 +106,32 @@ def test_the_kernel_lowers_for_cuda(name):
     gradient.trace(jnp.ones(x.shape, dtype), weight).lower(lowering_platforms=("cuda",))
 
 
+ON_GPU = {
+    "2x8": (additive(1000, 1024), 1, "float32"),
+    "2x8, 3 tokens in one block": (additive(333, 1000), 3, "bfloat16"),
+    "2x8, 8 tokens": (additive(24, 64), 8, "float16"),
+    "1x8, vectors of 16, no scale": (additive(130, 1600, 1, d=16, scaled=False), 2, "float32"),
+    "4x8, vectors of 4": (additive(77, 1604, 4, d=4), 1, "float32"),
+    "8x8, 16 entries": (additive(20, 520, 8, size=16), 1, "bfloat16"),
+    "column scales and outliers": (TENSORS["columns"], 1, "float32"),
+}
+
+
+@needs_mosaic
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("name", ON_GPU)
+def test_on_a_gpu(name):
+    weight, tokens, dtype = ON_GPU[name]
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((tokens, weight.shape[1])), dtype)
+    served = for_serving(weight, "gpu")
+    product = jax.jit(functools.partial(matmul, implementation="gpu"))
+    y = product(x, served)
+    expected = np.asarray(x, np.float64) @ np.asarray(dequantize(weight), np.float64).T
+    assert relative(y, expected) < {"float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}[dtype]  # rounding of results
+    for _ in range(20):
+        np.testing.assert_array_equal(product(x, served), y)
+
+
 REFUSALS = [
     (additive(), 9, "expected at most 8 tokens, got 9"),
     (additive(count=3), 1, "expected 1, 2, 4 or 8 codebooks with vectors of 4, 8 or 16, got 3 with vectors of 8"),
