@@ -190,7 +190,7 @@ def test_uniform_codes(monkeypatch, bits, group, columns, has_zero, dtype):
     config = gpu_decode.BlockConfig(2, 1 if bits < 4 else 2, 8)
     zero = None if zero is None else jnp.asarray(zero)
     words = tiles.to_tiles(jnp.asarray(codes), bits, table=False)
-    y = scalar.uniform_matmul(x, words, jnp.asarray(scale), zero, bits=bits, config=config)
+    y = scalar.uniform_matmul(x, words, jnp.asarray(scale.T), zero, bits=bits, config=config)
     assert relative(y, np.asarray(x, np.float64) @ weight.T) < (1e-6 if dtype != "float32" else BOUND)
 
 
@@ -251,7 +251,7 @@ def test_lowering(tokens):
     x, shape = jax.ShapeDtypeStruct((tokens, 1024), jnp.bfloat16), jax.ShapeDtypeStruct
     books, banked = shape((2, 256 * 8), jnp.float16), shape((16, 520, 4), jnp.uint32)
     assert "mosaic_gpu" in lowered(lambda x, w, b: additive.decode_matmul(x, w, b, None), x, banked, books)
-    words, scale = shape((33, 4, 1, 128, 4), jnp.uint32), shape((520, 8), jnp.float16)
+    words, scale = shape((33, 4, 1, 128, 4), jnp.uint32), shape((8, 520), jnp.float16)
     zero = shape((8, 520), jnp.uint8)
     assert "mosaic_gpu" in lowered(lambda *a: scalar.uniform_matmul(*a, bits=4), x, words, scale, zero)
     levels = shape((520, 16), jnp.float16)

@@ -246,13 +246,13 @@ def uniform_matmul(
     Args:
       x: float [tokens, in].
       words: uint32 [tiles, blocks, ...], see `tiles.to_tiles` with table = False.
-      scale: float [out, groups], groups of a multiple of 32 columns.
+      scale: float [groups, out], groups of a multiple of 32 columns.
       zero: unsigned integers [groups, out], or None for 2**(bits - 1).
       bits: 2, 3, 4 or 8.
       dtype: of the result.
       config: sizes, by default from `gpu_decode.block_config`.
     """
-    (out, groups), columns = scale.shape, x.shape[1]
+    (groups, out), columns = scale.shape, x.shape[1]
     group = None if groups == 1 else columns // groups
     config = config or gpu_decode.block_config(len(x), scaled=group is not None)
     x, x_scale = (x, None) if x.dtype == jnp.bfloat16 else gpu_decode.as_half(x)
@@ -272,8 +272,8 @@ def uniform_matmul(
     if zero is not None:
         streams.append(gpu_decode.Stream(gpu_decode.pad_lines(zero.astype(jnp.uint8)), (1, config.rows), copies))
     if group is not None:
-        streams.append(gpu_decode.Stream(gpu_decode.pad_lines(scale.T), (1, config.rows), copies))
-    factors = gpu_decode.factors(x_scale, [scale[:, 0] if group is None else None], out)
+        streams.append(gpu_decode.Stream(gpu_decode.pad_lines(scale), (1, config.rows), copies))
+    factors = gpu_decode.factors(x_scale, [scale[0] if group is None else None], out)
     x = gpu_decode.permute_columns(x)
     return gpu_decode.matmul(x, streams, [], decoder, out=out, config=config, factors=factors, dtype=dtype)
 
