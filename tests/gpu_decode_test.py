@@ -169,7 +169,7 @@ def test_additive_codes(monkeypatch, count, blocks, groups, scaled):
     words = slot_layout.banked_words(jnp.asarray(codes))
     config = gpu_decode.BlockConfig(2, blocks, 8 if groups < 40 else 256)
     scale = None if scale is None else jnp.asarray(scale, jnp.float32)
-    y = additive.decode_matmul(x, words, jnp.asarray(books), scale, config=config)
+    y = additive.decode_matmul(x, words, jnp.asarray(books.reshape(count, -1)), scale, config=config)
     assert relative(y, np.asarray(x, np.float64) @ weight.T) < BOUND
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Beyond these the tables cost more than they save.
+# Beyond these the tables cost more than they save; on TPUs and GPUs other kernels decode then.
 CPU_TOKENS, TPU_TABLE_TOKENS, TPU_TOKENS, GPU_TOKENS = 4, 4, 128, 8
 # Decoding holds all inputs in a TPU's fast memory, once per codebook: tokens * in * M.
 TPU_INPUTS = 3_500_000
@@ -43,15 +43,18 @@ def supports(
         return f"expected entries of one row, got {vector[0]} x {vector[1]}"
     if scale is not None and min(scale) > 1:
         return f"expected scales of rows or of columns, got scales {scale[0]} x {scale[1]}"
-    most = {"cpu": CPU_TOKENS, "tpu": TPU_TOKENS, "gpu": GPU_TOKENS}[implementation]
+    if implementation == "gpu":
+        if jax.__version_info__ < (0, 11):
+            return f"expected JAX 0.11 or newer, got {jax.__version__}"
+        if tokens > GPU_TOKENS and (vector[1] != 8 or count not in (1, 2, 4)):
+            got = f"{count} with vectors of {vector[1]}"
+            return f"expected 1, 2 or 4 codebooks with vectors of 8 beyond {GPU_TOKENS} tokens, got {got}"
+        return fits_banks(count, vector[1], blocks)
+    most = CPU_TOKENS if implementation == "cpu" else TPU_TOKENS
     if tokens > most:
         return f"expected at most {most} tokens, got {tokens}; make the weight dense for many tokens"
     if implementation == "cpu":
         return None
-    if implementation == "gpu":
-        if jax.__version_info__ < (0, 11):
-            return f"expected JAX 0.11 or newer, got {jax.__version__}"
-        return fits_banks(count, vector[1], blocks)
     if (bits, blocks[0]) != (8, 1):
         return f"expected codes of 8 bits and codebooks for all rows, got {bits} bits, {blocks[0]} row blocks"
     if tokens <= TPU_TABLE_TOKENS:
@@ -118,7 +121,11 @@ def banked_matmul(
     dimension: int,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """Returns x @ W.T by the GPU kernel, [tokens, out] of `dtype`; see `gpu.lookup_matmul`."""
+    """Returns x @ W.T by the GPU kernels, [tokens, out] of `dtype`; see `gpu.lookup_matmul` and `gpu_batch.decode_matmul`."""
+    if len(x) > GPU_TOKENS:
+        from jaxquant.kernels.codebook_matmul import gpu_batch
+
+        return gpu_batch.decode_matmul(x, words, codebooks, scale, dtype=dtype)
     from jaxquant.kernels.codebook_matmul import gpu
 
     return gpu.lookup_matmul(x, words, codebooks, scale, dimension=dimension, dtype=dtype)

@@ -136,18 +136,19 @@ def decode_matmul(
     Args:
       x: float [tokens, in].
       words: uint32 [4 * sets, out, 4], see `layout.banked_words`.
-      codebooks: float [M, 256 * 8].
+      codebooks: float [M, K * 8], K at most 256.
       scale: float [out, 1] or [1, in / 8], or None.
       dtype: of the result.
       config: sizes, by default from `gpu_decode.block_config`.
     """
     config = config or gpu_decode.block_config(len(x))
-    (lines, out, _), count = words.shape, codebooks.size // (_ENTRIES * _VECTOR)
+    (lines, out, _), count = words.shape, len(codebooks)
     decoder = _decoder(count, lines // _ROWS, config)
     row_scale, column_scale = layout.split_scale(scale)
     if column_scale is not None:
         x = x.astype(jnp.float32) * jnp.repeat(column_scale.astype(jnp.float32), _VECTOR)[None, :]
-    books, book_scale = gpu_decode.as_half(codebooks.reshape(1, -1))
+    books = jnp.pad(codebooks, ((0, 0), (0, _ENTRIES * _VECTOR - codebooks.shape[1])))
+    books, book_scale = gpu_decode.as_half(books.reshape(1, -1))
     x, x_scale = gpu_decode.as_half(x)
     x = gpu_decode.permute_columns(x)
     stream = gpu_decode.Stream(words.reshape(lines, -1), (_ROWS, _PIECE * _WORDS), config.rows // _PIECE)
