@@ -371,10 +371,13 @@ class _Kernel:
             def _(step):
                 slot = lax.rem(step - start, self.stages)
                 plgpu.barrier_wait(filled.at[slot])
+                before = None
                 for _, weight, x in fragments(slot, step):
-                    plgpu.wgmma_wait(0)
+                    # This fragment was decoded while the one before was multiplied.
+                    self._wait(before)
                     plgpu.wgmma(sums, weight, x)
-                plgpu.wgmma_wait(0)
+                    before = weight
+                self._wait(before)
                 plgpu.barrier_arrive(free.at[slot])
 
             return sums[...]
@@ -389,7 +392,9 @@ class _Kernel:
                     return part[...]
 
                 scale = codes[-1].at[slot, f, :, pl.ds(inner, rows)]
-                sums = self._add_scaled(sums, pl.run_scoped(product, kind), scale)
+                part = pl.run_scoped(product, kind)
+                self._wait(weight)
+                sums = self._add_scaled(sums, part, scale)
             plgpu.barrier_arrive(free.at[slot])
             return sums
 
@@ -397,6 +402,19 @@ class _Kernel:
             return pl.run_scoped(unscaled, kind)
         zeros = plgpu.layout_cast(jnp.zeros((rows, config.tokens), jnp.float32), plgpu.Layout.WGMMA)
         return lax.fori_loop(first, last, scaled, zeros)
+
+    def _wait(self, weight):
+        """Waits for the product with a fragment."""
+        if weight is None:
+            return
+        plgpu.wgmma_wait(0)
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,))
+        def keep(ctx, weight):
+            del ctx
+            gr.keep(weight)
+
+        keep(weight)
 
     def _finish(self, tile, first, share, group, sums, y, parts, flags, factors):
         """Writes a tile with its first steps, adding what others have of it; hands others to the share that has them."""

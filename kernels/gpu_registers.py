@@ -155,6 +155,15 @@ def fragment(pairs: Pairs, dtype: jax.typing.DTypeLike) -> mgpu.FragmentedArray:
     return mgpu.FragmentedArray(_registers=flat.reshape(shape), _layout=layout, _is_signed=None)
 
 
+def keep(array: mgpu.FragmentedArray) -> None:
+    """Says that registers are in use until here: those of a product that is awaited just before.
+
+    A product reads its fragment while the thread goes on, and the assembler would give the registers away.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    utils.inline_ptx("// in use", *(utils.bitcast(x, i32) for x in array.registers.flat))
+
+
 def scalar(array: mgpu.FragmentedArray) -> Register:
     """The register of a scalar argument of `inline_mgpu`."""
     return array.registers.item()
