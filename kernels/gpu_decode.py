@@ -11,10 +11,9 @@ work, a tile being cut where a share ends: see `Shares`. The share with a tile's
 the sums of the others, in their order.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -25,156 +24,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 
 from jaxquant.kernels import gpu_registers as gr
+from jaxquant.kernels import gpu_sums
+from jaxquant.kernels.gpu_plan import SHARED, BlockConfig, Decoder, Shares, Step, Stream
 
-MOST_TOKENS = 256  # of one instruction
-SHARED = 224 * 1024  # bytes of shared memory of a block, without barriers and alignment
 _COPY_REGISTERS = 40
 # Registers of a thread that computes, by the number of its warpgroups: what 64 Ki registers leave.
 _REGISTERS = {2: 232, 3: 152, 4: 104}
 _FILLED = 9  # number of the hardware's barrier that says so
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockConfig:
-    """How a kernel cuts its work.
-
-    Attributes:
-      warpgroups: that decode and multiply, 2 to 4.
-      blocks: of 64 outputs per warpgroup, 1 or 2.
-      tokens: per tile, a multiple of 8, at most 256.
-      stages: steps in flight, at most; as many as fit.
-      cores: multiprocessors.
-    """
-
-    warpgroups: int = 4
-    blocks: int = 1
-    tokens: int = 16
-    stages: int = 4
-    cores: int = 132
-
-    @property
-    def rows(self) -> int:
-        """Outputs per tile."""
-        return gr.FRAGMENT_ROWS * self.blocks * self.warpgroups
-
-
-@dataclasses.dataclass(frozen=True)
-class Stream:
-    """What is read at each step of an array.
-
-    Attributes:
-      array: [lines, elements], lines of a multiple of 16 bytes.
-      box: (lines, elements) of a copy, at most 256 each; copies follow each other in shared memory.
-      copies: per step.
-    """
-
-    array: jax.Array
-    box: tuple[int, int]
-    copies: int
-
-    @property
-    def bytes(self) -> int:
-        """Of a copy."""
-        return math.prod(self.box) * self.array.dtype.itemsize
-
-
-class Decoder(Protocol):
-    """A format: how a step's codes become fragments.
-
-    Attributes:
-      dtype: of the fragments and of the inputs, 16 bits.
-      steps: of the whole weight.
-      calls: of `decode` per step.
-      fragments: per call.
-      width: columns of a fragment: 16, 32 or 64.
-      scaled: whether a fragment's sums are multiplied by the values of the last stream, a copy per fragment with one
-        for each output of a tile.
-    """
-
-    dtype: Any
-    steps: int
-    calls: int
-    fragments: int
-    width: int
-    scaled: bool
-
-    def column(self, step: Any, fragment: int) -> Any:
-        """First of the inputs that fragment number call * fragments + i of a step multiplies."""
-        ...
-
-    def source(self, stream: int, copy: int, step: Any, row: Any) -> tuple[Any, Any]:
-        """First line and element of what a stream's copy brings for a step and for a tile with a first output."""
-        ...
-
-    def shared(self) -> Sequence[Any]:
-        """Types of the arrays that `fill` makes in shared memory."""
-        ...
-
-    def fill(self, r: gr.Registers, tables: Sequence[Any], shared: Sequence[Any], thread: Any, threads: int) -> None:
-        """Makes them, once per block; every thread does a part.
-
-        Args:
-          r: the operations.
-          tables: references to device memory.
-          shared: addresses.
-          thread: index among `threads`.
-          threads: in all.
-        """
-        ...
-
-    def decode(self, r: gr.Registers, call: int, blocks: int, state: "Step") -> Sequence[gr.Pairs]:
-        """Returns the fragments of a call."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """Where a decoder finds things.
-
-    Attributes:
-      streams: addresses of their first copies.
-      shared: addresses of `Decoder.shared`.
-      tables: references to device memory.
-      row: first output of the warpgroup.
-      inner: the same within the tile.
-      step: of the weight's.
-    """
-
-    streams: Sequence[Any]
-    shared: Sequence[Any]
-    tables: Sequence[Any]
-    row: Any
-    inner: Any
-    step: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Shares:
-    """Cuts tiles * steps into `count` equal shares of consecutive steps; arguments may be of numpy or of a kernel.
-
-    Attributes:
-      steps: of a tile.
-      total: tiles * steps.
-      count: shares.
-    """
-
-    steps: int
-    total: int
-    count: int
-
-    def start(self, share: Any) -> Any:
-        """First step of a share, and one past the last of the one before."""
-        return share * self.total // self.count
-
-    @property
-    def most(self) -> int:
-        """Shares that have a part of the same tile, at most."""
-        first = np.arange(0, self.total, self.steps)
-        return int((self.owner(first + self.steps - 1) - self.owner(first)).max()) + 1
-
-    def owner(self, step: Any) -> Any:
-        """The share that has a step."""
-        return ((step + 1) * self.count - 1) // self.total
 
 
 def matmul(
@@ -424,14 +280,14 @@ class _Kernel:
         @plgpu.inline_mgpu(arg_types=(layout, ref, ref, gr.SCALAR))
         def hand(ctx, sums, parts, flag, place):
             del ctx
-            gr.store_part(sums, parts, gr.scalar(place))
-            gr.signal(flag)
+            gpu_sums.store_part(sums, parts, gr.scalar(place))
+            gpu_sums.signal(flag)
 
         @plgpu.inline_mgpu(arg_types=(layout, ref, ref, gr.SCALAR, gr.SCALAR), return_type=kind)
         def add(ctx, sums, parts, flag, place, count):
             del ctx
-            gr.wait(flag, gr.scalar(count))
-            return gr.add_parts(sums, parts, gr.scalar(place), groups, gr.scalar(count), self.shares.most - 1)
+            gpu_sums.wait(flag, gr.scalar(count))
+            return gpu_sums.add_parts(sums, parts, gr.scalar(place), groups, gr.scalar(count), self.shares.most - 1)
 
         @plgpu.inline_mgpu(arg_types=(layout, ref, [ref] * len(factors), gr.SCALAR, gr.SCALAR))
         def store(ctx, sums, y, factors, token, row):
@@ -439,7 +295,7 @@ class _Kernel:
             rest = iter(factors)
             given = [next(rest) if there else None for there in self.factors]
             place = gr.scalar(token), gr.scalar(row)
-            gr.store_rows(sums, y, *place, *given, tokens=self.tokens, rows=self.rows, dtype=self.dtype)
+            gpu_sums.store_rows(sums, y, *place, *given, tokens=self.tokens, rows=self.rows, dtype=self.dtype)
 
         flag = flags.at[tile * groups + group]
 
@@ -462,53 +318,6 @@ class _Kernel:
         @plgpu.inline_mgpu(arg_types=(layout, layout, plgpu.RefType()), return_type=gr.sums_type(sums.shape))
         def add(ctx, sums, part, scale):
             del ctx
-            return gr.add_scaled(sums, part, gr.address(scale), self.streams[-1].array.dtype)
+            return gpu_sums.add_scaled(sums, part, gr.address(scale), self.streams[-1].array.dtype)
 
         return add(sums, part, scale)
-
-
-def as_half(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Rows as float16 and the float32 factors [rows, 1] that undo their scaling, None for ones.
-
-    Rows of other dtypes are multiplied by powers of two that bring their largest number to between 1 and 2 to the 14th,
-    so that nothing overflows and little underflows.
-    """
-    if x.dtype == jnp.float16:
-        return x, None
-    x = x.astype(jnp.float32)
-    exponent = jnp.frexp(jnp.max(jnp.abs(x), axis=1, keepdims=True))[1] - 14
-    return jnp.ldexp(x, -exponent).astype(jnp.float16), jnp.ldexp(jnp.float32(1), exponent)
-
-
-def factors(
-    of_tokens: jax.Array | None, of_rows: Sequence[jax.Array | None], out: int
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """The factors of `matmul` from what `as_half` says of tokens and from factors [out or 1] of rows, None for ones."""
-    product = None
-    for factor in of_rows:
-        if factor is not None:
-            product = factor.astype(jnp.float32) if product is None else product * factor
-    product = None if product is None else jnp.broadcast_to(product, (out,))
-    return None if of_tokens is None else of_tokens[:, 0], product
-
-
-def permute_columns(x: jax.Array) -> jax.Array:
-    """Inputs [tokens, in] for decoders that bring a thread 8 consecutive columns of 32, padded to a multiple of 32.
-
-    In a fragment thread (., c) has columns 8 k + 2 c and the next; of its columns 8 c .. 8 c + 7 it puts the pair number
-    k there. So what is column 8 c + 2 k in the weight is column 8 k + 2 c in the fragment.
-    """
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % 32)))
-    return x.reshape(len(x), -1, 4, 4, 2).swapaxes(2, 3).reshape(x.shape)
-
-
-def pad_lines(array: jax.Array) -> jax.Array:
-    """An array [lines, elements] with zeros up to a multiple of 16 bytes, of which copies consist."""
-    return jnp.pad(array, ((0, 0), (0, -array.shape[1] % (16 // array.dtype.itemsize))))
-
-
-def block_config(tokens: int, *, scaled: bool = False) -> BlockConfig:
-    """Sizes for a number of tokens: equal tiles of tokens, few of them; sums that are scaled take twice the registers."""
-    most = MOST_TOKENS // 2 if scaled else MOST_TOKENS
-    tile = -(-tokens // pl.cdiv(tokens, most) // 8) * 8
-    return BlockConfig(warpgroups=2 if tile > most // 2 else 4, tokens=tile)

@@ -11,7 +11,9 @@ import pytest
 from jaxquant.kernels.codebook_matmul import layout as slot_layout
 from jaxquant.kernels.uniform_matmul import tiles
 
-gpu_decode = importlib.import_module("jaxquant.kernels.gpu_decode")
+gpu_decode, gpu_inputs, gpu_plan = (
+    importlib.import_module(f"jaxquant.kernels.{name}") for name in ("gpu_decode", "gpu_inputs", "gpu_plan")
+)
 additive = importlib.import_module("jaxquant.kernels.codebook_matmul.gpu_batch")
 scalar = importlib.import_module("jaxquant.kernels.uniform_matmul.gpu_batch")
 
@@ -129,7 +131,7 @@ def emulate(x, streams, tables, decoder, *, out, config, factors, dtype):
             addresses = [r.constant(start) for start in starts[:-1]]
             for inner in range(0, config.rows, rows):
                 first = tile + inner
-                state = gpu_decode.Step(addresses, shared, tables, *map(r.constant, (first, inner, step)))
+                state = gpu_plan.Step(addresses, shared, tables, *map(r.constant, (first, inner, step)))
                 for call in range(decoder.calls):
                     for i, pairs in enumerate(decoder.decode(r, call, config.blocks, state)):
                         f = call * decoder.fragments + i
@@ -167,7 +169,7 @@ def test_additive_codes(monkeypatch, count, blocks, groups, scaled):
     weight = (weight if scale is None else weight * scale[..., None]).reshape(out, columns)
     x = inputs(3, columns, jnp.bfloat16)
     words = slot_layout.banked_words(jnp.asarray(codes))
-    config = gpu_decode.BlockConfig(2, blocks, 8 if groups < 40 else 256)
+    config = gpu_plan.BlockConfig(2, blocks, 8 if groups < 40 else 256)
     scale = None if scale is None else jnp.asarray(scale, jnp.float32)
     y = additive.decode_matmul(x, words, jnp.asarray(books.reshape(count, -1)), scale, config=config)
     assert relative(y, np.asarray(x, np.float64) @ weight.T) < BOUND
@@ -187,7 +189,7 @@ def test_uniform_codes(monkeypatch, bits, group, columns, has_zero, dtype):
     point = np.repeat(zero.T, columns // groups, 1) if has_zero else 2 ** (bits - 1)
     weight = (codes - point) * np.repeat(scale.astype(np.float64), columns // groups, 1)
     x = inputs(2, columns, dtype)
-    config = gpu_decode.BlockConfig(2, 1 if bits < 4 else 2, 8)
+    config = gpu_plan.BlockConfig(2, 1 if bits < 4 else 2, 8)
     zero = None if zero is None else jnp.asarray(zero)
     words = tiles.to_tiles(jnp.asarray(codes), bits, table=False)
     y = scalar.uniform_matmul(x, words, jnp.asarray(scale.T), zero, bits=bits, config=config)
@@ -205,7 +207,7 @@ def test_levels(monkeypatch, bits, dtype):
     scale = rng.uniform(1, 2, (out, 1)).astype(np.float32)
     weight = np.take_along_axis(levels.astype(np.float64), codes, 1) * scale
     x = inputs(2, columns, jnp.bfloat16)
-    config = gpu_decode.BlockConfig(2, 2, 8)
+    config = gpu_plan.BlockConfig(2, 2, 8)
     words = tiles.to_tiles(jnp.asarray(codes), bits, table=True)
     y = scalar.level_matmul(x, words, jnp.asarray(levels), jnp.asarray(scale), bits=bits, config=config)
     assert relative(y, np.asarray(x, np.float64) @ weight.T) < BOUND
@@ -216,7 +218,7 @@ def test_levels(monkeypatch, bits, dtype):
 )
 def test_shares_are_equal(tiles, steps, cores):
     total = tiles * steps
-    shares = gpu_decode.Shares(steps, total, min(cores, total))
+    shares = gpu_plan.Shares(steps, total, min(cores, total))
     starts = shares.start(np.arange(shares.count + 1))
     assert (starts[0], starts[-1]) == (0, total)
     assert set(np.diff(starts)) <= {total // shares.count, total // shares.count + 1}
@@ -226,19 +228,19 @@ def test_shares_are_equal(tiles, steps, cores):
 
 @pytest.mark.parametrize("tokens", [5, 16, 64, 128, 129, 256, 257, 512, 4097])
 def test_tiles_of_tokens_are_equal(tokens):
-    config = gpu_decode.block_config(tokens)
+    config = gpu_plan.block_config(tokens)
     assert config.tokens % 8 == 0
     assert config.tokens <= 256
     assert -(-tokens // config.tokens) == -(-tokens // 256)
-    assert gpu_decode.block_config(tokens, scaled=True).tokens <= 128
+    assert gpu_plan.block_config(tokens, scaled=True).tokens <= 128
 
 
 def test_half_precision_rows():
     x = jnp.asarray([[1e-30, 3e-30], [3e38, 1.0], [0, 0]], jnp.float32)
-    half, scale = gpu_decode.as_half(x)
+    half, scale = gpu_inputs.as_half(x)
     assert half.dtype == jnp.float16
     np.testing.assert_allclose(np.asarray(half, np.float64) * np.asarray(scale, np.float64), x, rtol=1e-3, atol=1e32)
-    assert gpu_decode.as_half(half) == (half, None)
+    assert gpu_inputs.as_half(half) == (half, None)
 
 
 def lowered(function, *shapes):

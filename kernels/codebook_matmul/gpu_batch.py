@@ -13,7 +13,7 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from jaxquant.kernels import gpu_decode
+from jaxquant.kernels import gpu_decode, gpu_inputs, gpu_plan
 from jaxquant.kernels import gpu_registers as gr
 from jaxquant.kernels.codebook_matmul import layout
 
@@ -28,7 +28,7 @@ _ROW_BYTES = 4 * _WORDS * _PIECE
 
 @dataclasses.dataclass(frozen=True)
 class AdditiveDecoder:
-    """Banked words uint32 [4 * sets, out * 4] and codebooks float16 [M * 256, 8], see `gpu_decode.Decoder`.
+    """Banked words uint32 [4 * sets, out * 4] and codebooks float16 [M * 256, 8], see `gpu_plan.Decoder`.
 
     Attributes:
       count: M, codebooks.
@@ -77,8 +77,8 @@ class AdditiveDecoder:
                 copy = r.mask(r.add(thread, r.constant(i)), _COPIES - 1)
                 r.store(r.add(line, r.times(copy, _ENTRY_BYTES)), values)
 
-    def decode(self, r: gr.Registers, call: int, blocks: int, state: gpu_decode.Step) -> Sequence[gr.Pairs]:
-        """One fragment: the entry of thread (., c) for half u is that of group 4 u + c, see `gpu_decode.permute_columns`."""
+    def decode(self, r: gr.Registers, call: int, blocks: int, state: gpu_plan.Step) -> Sequence[gr.Pairs]:
+        """One fragment: the entry of thread (., c) for half u is that of group 4 u + c, see `gpu_inputs.permute_columns`."""
         thread = r.thread()
         table = r.add(state.shared[0], r.times(r.mask(thread, _COPIES - 1), _ENTRY_BYTES))
         # The group of this thread in half 0; other halves, calls and codebooks differ from it in other bits of the slot.
@@ -111,12 +111,12 @@ class AdditiveDecoder:
         return [r.packed("add.f16x2", a, b) for a, b in zip(total, entry, strict=True)]
 
 
-def _decoder(count: int, sets: int, config: gpu_decode.BlockConfig) -> AdditiveDecoder:
+def _decoder(count: int, sets: int, config: gpu_plan.BlockConfig) -> AdditiveDecoder:
     """As long steps as leave room for three of them."""
     calls = layout.SET // (8 * count)
     while calls > 1:
         stage = layout.SET * config.rows + 128 * calls * config.tokens
-        if count * _BOOK + 3 * stage <= gpu_decode.SHARED:
+        if count * _BOOK + 3 * stage <= gpu_plan.SHARED:
             break
         calls //= 2
     return AdditiveDecoder(count, sets, calls)
@@ -129,7 +129,7 @@ def decode_matmul(
     scale: jax.Array | None,
     *,
     dtype: Any = jnp.float32,
-    config: gpu_decode.BlockConfig | None = None,
+    config: gpu_plan.BlockConfig | None = None,
 ) -> jax.Array:
     """Returns x @ W.T, [tokens, out].
 
@@ -139,19 +139,19 @@ def decode_matmul(
       codebooks: float [M, K * 8], K at most 256.
       scale: float [out, 1] or [1, in / 8], or None.
       dtype: of the result.
-      config: sizes, by default from `gpu_decode.block_config`.
+      config: sizes, by default from `gpu_plan.block_config`.
     """
-    config = config or gpu_decode.block_config(len(x))
+    config = config or gpu_plan.block_config(len(x))
     (lines, out, _), count = words.shape, len(codebooks)
     decoder = _decoder(count, lines // _ROWS, config)
     row_scale, column_scale = layout.split_scale(scale)
     if column_scale is not None:
         x = x.astype(jnp.float32) * jnp.repeat(column_scale.astype(jnp.float32), _VECTOR)[None, :]
     books = jnp.pad(codebooks, ((0, 0), (0, _ENTRIES * _VECTOR - codebooks.shape[1])))
-    books, book_scale = gpu_decode.as_half(books.reshape(1, -1))
-    x, x_scale = gpu_decode.as_half(x)
-    x = gpu_decode.permute_columns(x)
-    stream = gpu_decode.Stream(words.reshape(lines, -1), (_ROWS, _PIECE * _WORDS), config.rows // _PIECE)
+    books, book_scale = gpu_inputs.as_half(books.reshape(1, -1))
+    x, x_scale = gpu_inputs.as_half(x)
+    x = gpu_inputs.permute_columns(x)
+    stream = gpu_plan.Stream(words.reshape(lines, -1), (_ROWS, _PIECE * _WORDS), config.rows // _PIECE)
     books = books.reshape(-1, _VECTOR)
-    factors = gpu_decode.factors(x_scale, [row_scale, None if book_scale is None else book_scale[0]], out)
+    factors = gpu_inputs.factors(x_scale, [row_scale, None if book_scale is None else book_scale[0]], out)
     return gpu_decode.matmul(x, [stream], [books], decoder, out=out, config=config, factors=factors, dtype=dtype)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.kernels import gpu_decode
+from jaxquant.kernels import gpu_decode, gpu_inputs, gpu_plan
 from jaxquant.kernels import gpu_registers as gr
 from jaxquant.kernels.uniform_matmul import tiles
 
@@ -27,7 +27,7 @@ _ONE_UNIT = {jnp.dtype(jnp.float16): 0x64006400, jnp.dtype(jnp.bfloat16): 0x4300
 
 @dataclasses.dataclass(frozen=True)
 class _TileDecoder:
-    """What uniform codes and levels have in common, see `gpu_decode.Decoder`.
+    """What uniform codes and levels have in common, see `gpu_plan.Decoder`.
 
     Attributes:
       bits: of a code.
@@ -70,10 +70,10 @@ class _TileDecoder:
         place = (chunk // tiles.WARPS * self.loads + load) * tiles.WARPS + chunk % tiles.WARPS
         return row // tiles.ROWS, place * words
 
-    def stream(self, words: jax.Array) -> gpu_decode.Stream:
+    def stream(self, words: jax.Array) -> gpu_plan.Stream:
         """Words in tiles as the first stream."""
         box = self.rows // tiles.ROWS, 32 * tiles.load_words(self.bits)
-        return gpu_decode.Stream(words.reshape(len(words), -1), box, self.calls * self.loads)
+        return gpu_plan.Stream(words.reshape(len(words), -1), box, self.calls * self.loads)
 
     def shared(self) -> Sequence[Any]:
         """Nothing."""
@@ -82,7 +82,7 @@ class _TileDecoder:
     def fill(self, r: gr.Registers, tables: Sequence[Any], shared: Sequence[Any], thread: Any, threads: int) -> None:
         """Makes nothing."""
 
-    def _words(self, r: gr.Registers, call: int, blocks: int, state: gpu_decode.Step) -> list[list[list[Any]]]:
+    def _words(self, r: gr.Registers, call: int, blocks: int, state: gpu_plan.Step) -> list[list[list[Any]]]:
         """Words of a thread for a chunk: [block][h]."""
         side, words = tiles.load_words(self.bits), []
         line = 32 * 4 * side  # bytes of a tile's load
@@ -128,7 +128,7 @@ class UniformDecoder(_TileDecoder):
             return super().source(stream, copy, step, row)
         return 0 if self.group is None else self.column(step, copy) // self.group, row
 
-    def decode(self, r: gr.Registers, call: int, blocks: int, state: gpu_decode.Step) -> Sequence[gr.Pairs]:
+    def decode(self, r: gr.Registers, call: int, blocks: int, state: gpu_plan.Step) -> Sequence[gr.Pairs]:
         """The fragments of a chunk."""
         words = self._words(r, call, blocks, state)
         numbers = [[[self._number(r, x) for x in self._codes(r, mine)] for mine in rows] for rows in words]
@@ -160,7 +160,7 @@ class UniformDecoder(_TileDecoder):
     def _subtract(self, r: gr.Registers, a: Any, b: Any) -> Any:
         return r.packed("sub.rn.bf16x2" if self.dtype == jnp.bfloat16 else "sub.f16x2", a, b)
 
-    def _zeros(self, r: gr.Registers, blocks: int, state: gpu_decode.Step, copy: int) -> list[list[Any]]:
+    def _zeros(self, r: gr.Registers, blocks: int, state: gpu_plan.Step, copy: int) -> list[list[Any]]:
         """What is subtracted from the numbers of the thread's rows, twice each: [block][h]."""
         if not self.has_zero:
             return [[self._number(r, r.constant(2 ** (self.bits - 1) * _PAIR))] * 2] * blocks
@@ -180,7 +180,7 @@ class LevelDecoder(_TileDecoder):
     out: int
     dtype, scaled = jnp.float16, False
 
-    def decode(self, r: gr.Registers, call: int, blocks: int, state: gpu_decode.Step) -> Sequence[gr.Pairs]:
+    def decode(self, r: gr.Registers, call: int, blocks: int, state: gpu_plan.Step) -> Sequence[gr.Pairs]:
         """The fragments of a chunk."""
         words, pairs = self._words(r, call, blocks, state), []
         for b in range(blocks):
@@ -225,10 +225,10 @@ class LevelDecoder(_TileDecoder):
         return [r.permute(r.permute(a, b, selector), r.permute(c, d, selector), choice) for a, b, c, d in planes]
 
 
-def _calls(bits: int, config: gpu_decode.BlockConfig) -> int:
+def _calls(bits: int, config: gpu_plan.BlockConfig) -> int:
     """Chunks of the longest step of which enough fit into shared memory."""
     chunk = tiles.chunk_columns(bits) * (2 * config.tokens + config.rows * bits // 8)  # bytes
-    return next((calls for calls in (4, 2) if _STAGES * calls * chunk <= gpu_decode.SHARED), 1)
+    return next((calls for calls in (4, 2) if _STAGES * calls * chunk <= gpu_plan.SHARED), 1)
 
 
 def uniform_matmul(
@@ -239,7 +239,7 @@ def uniform_matmul(
     *,
     bits: int,
     dtype: Any = jnp.float32,
-    config: gpu_decode.BlockConfig | None = None,
+    config: gpu_plan.BlockConfig | None = None,
 ) -> jax.Array:
     """Returns x @ W.T for W = scale * (codes - zero), [tokens, out].
 
@@ -250,12 +250,12 @@ def uniform_matmul(
       zero: unsigned integers [groups, out], or None for 2**(bits - 1).
       bits: 2, 3, 4 or 8.
       dtype: of the result.
-      config: sizes, by default from `gpu_decode.block_config`.
+      config: sizes, by default from `gpu_plan.block_config`.
     """
     (groups, out), columns = scale.shape, x.shape[1]
     group = None if groups == 1 else columns // groups
-    config = config or gpu_decode.block_config(len(x), scaled=group is not None)
-    x, x_scale = (x, None) if x.dtype == jnp.bfloat16 else gpu_decode.as_half(x)
+    config = config or gpu_plan.block_config(len(x), scaled=group is not None)
+    x, x_scale = (x, None) if x.dtype == jnp.bfloat16 else gpu_inputs.as_half(x)
     width = math.gcd(min(_WIDTH, tiles.chunk_columns(bits)), group or _WIDTH)
     decoder = UniformDecoder(
         bits,
@@ -270,11 +270,11 @@ def uniform_matmul(
     )
     streams, copies = [decoder.stream(words)], decoder.calls * decoder.fragments if group else 1
     if zero is not None:
-        streams.append(gpu_decode.Stream(gpu_decode.pad_lines(zero.astype(jnp.uint8)), (1, config.rows), copies))
+        streams.append(gpu_plan.Stream(gpu_inputs.pad_lines(zero.astype(jnp.uint8)), (1, config.rows), copies))
     if group is not None:
-        streams.append(gpu_decode.Stream(gpu_decode.pad_lines(scale), (1, config.rows), copies))
-    factors = gpu_decode.factors(x_scale, [scale[0] if group is None else None], out)
-    x = gpu_decode.permute_columns(x)
+        streams.append(gpu_plan.Stream(gpu_inputs.pad_lines(scale), (1, config.rows), copies))
+    factors = gpu_inputs.factors(x_scale, [scale[0] if group is None else None], out)
+    x = gpu_inputs.permute_columns(x)
     return gpu_decode.matmul(x, streams, [], decoder, out=out, config=config, factors=factors, dtype=dtype)
 
 
@@ -286,7 +286,7 @@ def level_matmul(
     *,
     bits: int,
     dtype: Any = jnp.float32,
-    config: gpu_decode.BlockConfig | None = None,
+    config: gpu_plan.BlockConfig | None = None,
 ) -> jax.Array:
     """Returns x @ W.T for W = scale * levels[row, codes], [tokens, out].
 
@@ -297,15 +297,15 @@ def level_matmul(
       scale: float [out, 1] or [1, in], or None.
       bits: 2, 3 or 4.
       dtype: of the result.
-      config: sizes, by default from `gpu_decode.block_config`.
+      config: sizes, by default from `gpu_plan.block_config`.
     """
-    out, config = len(levels), config or gpu_decode.block_config(len(x))
-    levels, level_scale = gpu_decode.as_half(levels)
+    out, config = len(levels), config or gpu_plan.block_config(len(x))
+    levels, level_scale = gpu_inputs.as_half(levels)
     row_scale = None if scale is None or scale.shape[1] > 1 else scale[:, 0]
     if scale is not None and row_scale is None:
         x = x.astype(jnp.float32) * scale.astype(jnp.float32)
-    x, x_scale = gpu_decode.as_half(x)
+    x, x_scale = gpu_inputs.as_half(x)
     decoder = LevelDecoder(bits, words.shape[1], config.rows, _calls(bits, config), _WIDTH, out)
-    factors = gpu_decode.factors(x_scale, [row_scale, None if level_scale is None else level_scale[:, 0]], out)
-    x, streams = gpu_decode.permute_columns(x), [decoder.stream(words)]
+    factors = gpu_inputs.factors(x_scale, [row_scale, None if level_scale is None else level_scale[:, 0]], out)
+    x, streams = gpu_inputs.permute_columns(x), [decoder.stream(words)]
     return gpu_decode.matmul(x, streams, [levels], decoder, out=out, config=config, factors=factors, dtype=dtype)
