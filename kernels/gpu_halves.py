@@ -1,18 +1,21 @@
-"""Pairs of float16 numbers in the 32-bit registers of a GPU's thread, and the matrix unit's product of them.
+"""What a thread of a GPU does with pairs of float16 numbers in 32-bit registers, beside what `gpu_threads` has.
 
-As in `gpu_threads`, every function emits code at the current insertion point.
+As there, every function emits code at the current insertion point, and a Python integer is a constant.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, gpu, llvm
 
 from jaxquant.kernels import gpu_threads as t
 
-THOUSAND = 1024.0  # the float16 number whose last 10 bits are an integer to be added
+THOUSAND = 1024.0  # the last 10 bits of this float16 number are an integer to be added
+when = utils.when
 
 
 def word() -> ir.Type:
@@ -21,11 +24,11 @@ def word() -> ir.Type:
 
 
 def pair(value: float) -> int:
-    """Bits of two equal numbers; the number must be a float16."""
+    """Bits of two equal numbers, which must be float16 numbers."""
     half = np.float16(value)
     if half != value:
         raise ValueError(f"expected a number of float16, got {value}")
-    return int(np.int32(np.uint32(half.view(np.uint16)) * np.uint32(0x10001)))
+    return int((np.uint32(half.view(np.uint16)) * np.uint32(0x10001)).view(np.int32))
 
 
 def cut(x: ir.Value, mask: int, over: t.Int) -> ir.Value:
@@ -62,12 +65,21 @@ def stream(address: ir.Value, count: int) -> list[ir.Value]:
     return list(utils.inline_ptx(ptx, address, result_types=[word()] * count, has_side_effects=True))
 
 
-def load(address: ir.Value, kind: ir.Type, count: int = 1) -> ir.Value:
-    """An element, or a vector aligned to all of itself, of any type."""
+def prefetch(address: ir.Value) -> None:
+    """Fetches a line of global memory into the second cache."""
+    utils.inline_ptx("prefetch.global.L2 [$0];", address, has_side_effects=True)
+
+
+def load(address: ir.Value, dtype: Any) -> ir.Value:
+    """An element as it is."""
+    return llvm.load(utils.dtype_to_ir_type(dtype), address)
+
+
+def load_words(address: ir.Value, count: int = 1) -> list[ir.Value]:
+    """Words aligned to all of them together."""
     if count == 1:
-        return llvm.load(kind, address)
-    bits = kind.width * count
-    return llvm.load(ir.VectorType.get((count,), kind), address, alignment=bits // 8)
+        return [llvm.load(word(), address)]
+    return _elements(llvm.load(ir.VectorType.get((count,), word()), address, alignment=4 * count))
 
 
 def load_words_if(condition: ir.Value, address: ir.Value) -> list[ir.Value]:
@@ -79,40 +91,106 @@ def load_words_if(condition: ir.Value, address: ir.Value) -> list[ir.Value]:
     return list(utils.inline_ptx(ptx, place, number, result_types=[word()] * 4, has_side_effects=True))
 
 
-def elements(vector: ir.Value) -> list[ir.Value]:
-    """What a vector holds."""
+def load_short(address: ir.Value) -> ir.Value:
+    """A word from 16 bits, with zeros above them."""
+    return arith.extui(word(), llvm.load(ir.IntegerType.get_signless(16), address))
+
+
+def store_together(values: Sequence[ir.Value], address: ir.Value) -> None:
+    """Writes words or numbers side by side, aligned to all of them together."""
+    kind = values[0].type
+    vector = utils.vector.from_elements(ir.VectorType.get((len(values),), kind), list(values))
+    llvm.store(vector, address, alignment=len(values) * kind.width // 8)
+
+
+def _elements(vector: ir.Value) -> list[ir.Value]:
     count = ir.VectorType(vector.type).shape[0]
     return [utils.vector.extract(vector, dynamic_position=[], static_position=[i]) for i in range(count)]
-
-
-def vector(values: Sequence[ir.Value]) -> ir.Value:
-    """A vector of values."""
-    return utils.vector.from_elements(ir.VectorType.get((len(values),), values[0].type), list(values))
-
-
-def words_of(values: ir.Value) -> list[ir.Value]:
-    """The registers that hold a vector."""
-    kind = ir.VectorType(values.type)
-    count = kind.shape[0] * kind.element_type.width // 32
-    return elements(utils.vector.bitcast(ir.VectorType.get((count,), word()), values))
-
-
-def largest_of_warp(x: ir.Value) -> ir.Value:
-    """The largest unsigned integer of the 32 threads of a warp."""
-    ptx = "redux.sync.max.u32 $0, $1, 0xffffffff;"
-    return utils.inline_ptx(ptx, x, result_types=word(), has_side_effects=True, convergent=True)
-
-
-def prefetch(address: ir.Value) -> None:
-    """Fetches a line of global memory into the second cache."""
-    utils.inline_ptx("prefetch.global.L2 [$0];", address, has_side_effects=True)
-
-
-def store(x: ir.Value, address: ir.Value, alignment: int = 4) -> None:
-    """Writes a value of any type."""
-    llvm.store(x, address, alignment=alignment)
 
 
 def float32(x: ir.Value) -> ir.Value:
     """A number as float32."""
     return x if x.type == ir.F32Type.get() else arith.extf(ir.F32Type.get(), x)
+
+
+def float16(x: ir.Value) -> ir.Value:
+    """A float32 number, rounded to float16."""
+    return arith.truncf(ir.F16Type.get(), x)
+
+
+def bits_of(x: ir.Value) -> ir.Value:
+    """The bits of a float32 number."""
+    return arith.bitcast(word(), x)
+
+
+def number_of(x: ir.Value) -> ir.Value:
+    """The float32 number with these bits."""
+    return arith.bitcast(ir.F32Type.get(), x)
+
+
+def plus(a: ir.Value, b: ir.Value) -> ir.Value:
+    """Sum of float32 numbers."""
+    return arith.addf(a, b)
+
+
+def minus(a: ir.Value, b: ir.Value) -> ir.Value:
+    """Difference of float32 numbers."""
+    return arith.subf(a, b)
+
+
+def times(a: ir.Value, b: ir.Value) -> ir.Value:
+    """Product of float32 numbers."""
+    return arith.mulf(a, b)
+
+
+def divided(a: ir.Value, b: int) -> ir.Value:
+    """Quotient of unsigned integers."""
+    return a if b == 1 else arith.divui(a, t.i32(b))
+
+
+def rest(a: ir.Value, b: int) -> ir.Value:
+    """Remainder of unsigned integers."""
+    return arith.remui(a, t.i32(b))
+
+
+def most(a: t.Int, b: t.Int) -> ir.Value:
+    """Maximum of unsigned integers."""
+    return arith.maxui(t.i32(a), t.i32(b))
+
+
+def equal(a: t.Int, b: t.Int) -> ir.Value:
+    """Comparison of integers: a bit."""
+    return arith.cmpi(arith.CmpIPredicate.eq, t.i32(a), t.i32(b))
+
+
+def most_of_warp(x: ir.Value) -> ir.Value:
+    """The largest unsigned integer of the 32 threads of a warp."""
+    ptx = "redux.sync.max.u32 $0, $1, 0xffffffff;"
+    return utils.inline_ptx(ptx, x, result_types=word(), has_side_effects=True, convergent=True)
+
+
+def of_neighbour(x: ir.Value) -> ir.Value:
+    """The number of the thread whose index differs in the last bit."""
+    return utils.shfl_bfly(x, 1)
+
+
+def thread() -> ir.Value:
+    """Index of the thread in its block."""
+    return utils.thread_idx()
+
+
+def warp() -> ir.Value:
+    """Index of the warp in its block, known to be the same for 32 threads."""
+    return utils.warp_idx(sync=True)
+
+
+def barrier() -> None:
+    """All threads of the block meet here."""
+    gpu.barrier()
+
+
+def loop(count: t.Int, body: Any, carry: Any) -> Any:
+    """`gpu_threads.loop` for a tree of values."""
+    leaves, structure = jax.tree.flatten(carry)
+    leaves = t.loop(count, lambda i, leaves: jax.tree.leaves(body(i, jax.tree.unflatten(structure, leaves))), leaves)
+    return jax.tree.unflatten(structure, leaves)

@@ -64,7 +64,9 @@ def to_tiles(codes: jax.Array, bits: int, *, table: bool) -> jax.Array:
     padding = ((0, -out % ROWS), (0, -columns % block))
     codes = jnp.pad(codes.astype(jnp.uint32), padding)
     tiles, blocks = len(codes) // ROWS, codes.shape[1] // block
-    codes = codes.reshape(tiles, 2, 8, blocks, WARPS, width // 32, 4, 4, 2)  # tile, half, g, block, warp, 32s, t, pair, 2
+    codes = codes.reshape(
+        tiles, 2, 8, blocks, WARPS, width // 32, 4, 4, 2
+    )  # tile, half, g, block, warp, 32s, t, pair, 2
     codes = codes.transpose(0, 3, 4, 2, 6, 1, 5, 7, 8)
     apart, step = _spread(bits, table)
     pairs = (codes[..., 0] | (codes[..., 1] << np.uint32(apart))).reshape(tiles, blocks, WARPS, 8, 4, 2, -1)
