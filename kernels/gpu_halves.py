@@ -70,7 +70,7 @@ def prefetch(address: ir.Value) -> None:
     utils.inline_ptx("prefetch.global.L2 [$0];", address, has_side_effects=True)
 
 
-def load(address: ir.Value, dtype: Any) -> ir.Value:
+def load_raw(address: ir.Value, dtype: Any) -> ir.Value:
     """An element as it is."""
     return llvm.load(utils.dtype_to_ir_type(dtype), address)
 

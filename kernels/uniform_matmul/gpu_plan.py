@@ -56,10 +56,12 @@ class Plan:
 
     @property
     def warps(self) -> int:
+        """Of a block of threads."""
         return tiles.WARPS * self.config.warpgroups
 
     @property
     def tiles(self) -> int:
+        """Of the outputs."""
         return -(-self.out // tiles.ROWS)
 
     @property

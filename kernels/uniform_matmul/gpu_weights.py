@@ -38,7 +38,7 @@ class Grid:
                 values["zero"] = [h.load_short(t.at(line, t.mul(unit, 2))) for unit in units]
             if plan.groups > 1:
                 place = t.mul(t.add(t.mul(group, plan.out), row), plan.size("scale"))
-                values["scale"] = h.load(t.at(self.refs["scale"], place), plan.dtypes["scale"])
+                values["scale"] = h.load_raw(t.at(self.refs["scale"], place), plan.dtypes["scale"])
             rows.append(values)
         return rows
 

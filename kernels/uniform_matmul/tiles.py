@@ -48,6 +48,11 @@ def _left(bits: int, table: bool) -> tuple[int, int, int]:
     return (0b11, 2 * bits // 3, 30) if table else (0x00010001, 1, 15)
 
 
+def _shifts(count: int, step: int, ndim: int) -> np.ndarray:
+    """Multiples of a step, along the last of so many axes."""
+    return (np.arange(count) * step).astype(np.uint32).reshape((1,) * (ndim - 1) + (count,))
+
+
 def to_tiles(codes: jax.Array, bits: int, *, table: bool) -> jax.Array:
     """Packs codes.
 
@@ -71,12 +76,13 @@ def to_tiles(codes: jax.Array, bits: int, *, table: bool) -> jax.Array:
     apart, step = _spread(bits, table)
     pairs = (codes[..., 0] | (codes[..., 1] << np.uint32(apart))).reshape(tiles, blocks, WARPS, 8, 4, 2, -1)
     count, number = 16 // bits, thread_words(bits) // 2
-    shifts = (np.arange(count) * step).astype(np.uint32)
-    words = pairs[..., : count * number].reshape(*pairs.shape[:-1], number, count) << shifts
+    words = pairs[..., : count * number].reshape(*pairs.shape[:-1], number, count) << _shifts(
+        count, step, pairs.ndim + 1
+    )
     words = words.sum(-1, dtype=jnp.uint32)
     if bits == 3:
         mask, part, place = _left(bits, table)
-        last = (pairs[..., -1:] >> (np.arange(3) * part).astype(np.uint32)) & np.uint32(mask)
+        last = (pairs[..., -1:] >> _shifts(3, part, pairs.ndim)) & np.uint32(mask)
         words = words | (last << np.uint32(place))
     side = load_words(bits)
     words = words.reshape(tiles, blocks, WARPS * 32, -1, side)
@@ -88,14 +94,13 @@ def from_tiles(words: jax.Array, bits: int, out: int, columns: int, *, table: bo
     tiles, blocks = words.shape[:2]
     words = jnp.swapaxes(words, 2, 3).reshape(tiles, blocks, WARPS, 8, 4, 2, -1)
     apart, step = _spread(bits, table)
-    shifts = (np.arange(16 // bits) * step).astype(np.uint32)
     mask = np.uint32(2**bits - 1)
     both = mask | mask << np.uint32(apart)
-    pairs = ((words[..., None] >> shifts) & both).reshape(*words.shape[:-1], -1)
+    pairs = ((words[..., None] >> _shifts(16 // bits, step, words.ndim + 1)) & both).reshape(*words.shape[:-1], -1)
     if bits == 3:
         left, part, place = _left(bits, table)
         last = (words >> np.uint32(place)) & np.uint32(left)
-        last = (last << (np.arange(3) * part).astype(np.uint32)).sum(-1, keepdims=True, dtype=jnp.uint32)
+        last = (last << _shifts(3, part, last.ndim)).sum(-1, keepdims=True, dtype=jnp.uint32)
         pairs = jnp.concatenate([pairs, last], axis=-1)
     codes = jnp.stack([pairs & mask, pairs >> np.uint32(apart)], axis=-1)
     codes = codes.reshape(tiles, blocks, WARPS, 8, 4, 2, chunk_columns(bits) // 32, 8)
