@@ -1,6 +1,7 @@
 """Sizes of a product with scalar codes on a GPU, and how the work is divided."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -102,7 +103,7 @@ class Plan:
     @property
     def segment(self) -> int:
         """Columns of a chunk that share a scale."""
-        return self.width if self.groups == 1 else min(self.width, self.columns // self.groups)
+        return self.width if self.groups == 1 else math.gcd(self.width, self.columns // self.groups)
 
     @property
     def rows(self) -> int:
