@@ -18,10 +18,12 @@ from jaxquant.kernels.codebook_matmul import api as codebook_api
 from jaxquant.kernels.uniform_matmul import api as uniform_api
 from jaxquant.outliers import ColumnOutlierTensor
 from jaxquant.serving import (
+    BankedTensor,
     LevelWordTensor,
     LookupTensor,
     ServingTensor,
     UniformWordTensor,
+    banked_tensor,
     has_row_levels,
     lookup_tensor,
     word_tensor,
@@ -93,11 +95,16 @@ def supports(weight: Any, implementation: str, *, tokens: int = 1) -> str | None
 def choose(weight: Any, *, tokens: int = 1) -> Implementation:
     """The implementation that `matmul` uses where none is asked for."""
     leaves = [leaf for leaf in _leaves(weight) if isinstance(leaf, QuantizedTensor)]
-    if leaves and all(isinstance(leaf, ServingTensor) for leaf in leaves):
-        for kernel in ("cpu", "tpu", "gpu"):
-            if kernel == jax.default_backend() and supports(weight, kernel, tokens=tokens) is None:
-                return kernel
+    for kernel in ("cpu", "tpu", "gpu"):
+        if leaves and kernel == jax.default_backend() and all(_lies_for(leaf, kernel) for leaf in leaves):
+            return kernel if supports(weight, kernel, tokens=tokens) is None else "reference"
     return "reference"
+
+
+def _lies_for(weight: Any, kernel: str) -> bool:
+    """True for a layout that the kernel of a platform reads as it is."""
+    banked = isinstance(weight, BankedTensor)
+    return isinstance(weight, ServingTensor) and (banked if kernel == "gpu" else not banked)
 
 
 def _leaves(weight: Any) -> Iterator[Any]:
@@ -120,7 +127,7 @@ def _leaf_reason(weight: Any, implementation: str, tokens: int) -> str | None:
         return uniform_api.supports(
             implementation, bits=weight.bits, group=group, columns=weight.shape[1], tokens=tokens
         )
-    if isinstance(weight, (CodebookTensor, LookupTensor, LevelWordTensor)):
+    if isinstance(weight, (CodebookTensor, LookupTensor, BankedTensor, LevelWordTensor)):
         scale = None if weight.scale is None else weight.scale.shape
         if isinstance(weight, LevelWordTensor) or _by_levels(weight, implementation):
             return uniform_api.supports_levels(implementation, scale=scale, columns=weight.shape[1], tokens=tokens)
@@ -149,7 +156,7 @@ def _reference(x: jax.Array, weight: Any) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _by_kernel(x: jax.Array, weight: Any, implementation: str) -> jax.Array:
-    y = _product(x.reshape(-1, x.shape[-1]), weight, implementation)
+    y = _product(x.reshape(-1, x.shape[-1]), weight, implementation, x.dtype)
     return y.astype(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -165,13 +172,17 @@ def _by_kernel_backward(implementation: str, saved: Any, gradient: jax.Array) ->
 _by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
 
 
-def _product(x: jax.Array, weight: Any, implementation: str) -> jax.Array:
-    """Returns x @ weight.T, float [tokens, out], for x [tokens, in]; sums over parts are float32."""
+def _product(x: jax.Array, weight: Any, implementation: str, dtype: Any = jnp.float32) -> jax.Array:
+    """Returns x @ weight.T, float [tokens, out], for x [tokens, in]; sums over parts are float32.
+
+    `dtype` is what becomes of the result in the end: a kernel that can write it saves a conversion.
+    """
     if isinstance(weight, ConcatTensor):
         return _concat(x, weight, implementation)
     if isinstance(weight, ColumnTensor):
         x = x.astype(jnp.float32) if weight.order is None else x.astype(jnp.float32)[:, unpack_order(weight.order)]
-        return _product(x if weight.scale is None else x * weight.scale.dense()[None, :], weight.base, implementation)
+        x = x if weight.scale is None else x * weight.scale.dense()[None, :]
+        return _product(x, weight.base, implementation, dtype)
     if isinstance(weight, OutlierTensor):
         base = _product(x, weight.base, implementation).astype(jnp.float32)
         place = weight.positions()
@@ -181,7 +192,7 @@ def _product(x: jax.Array, weight: Any, implementation: str) -> jax.Array:
         base = _product(x, weight.base, implementation).astype(jnp.float32)
         x = jnp.take(x.astype(jnp.float32), weight.columns.astype(jnp.int32), axis=1, mode="fill", fill_value=0)
         return base + jnp.einsum("tk,ok->to", x, weight.values.astype(jnp.float32))
-    return _leaf(x, weight, implementation)
+    return _leaf(x, weight, implementation, dtype)
 
 
 def _concat(x: jax.Array, weight: ConcatTensor, implementation: str) -> jax.Array:
@@ -198,7 +209,16 @@ def _concat(x: jax.Array, weight: ConcatTensor, implementation: str) -> jax.Arra
     return y
 
 
-def _leaf(x: jax.Array, weight: Any, implementation: str) -> jax.Array:
+def _leaf(x: jax.Array, weight: Any, implementation: str, dtype: Any) -> jax.Array:
+    if isinstance(weight, (LookupTensor, BankedTensor)) and isinstance(weight, BankedTensor) != (
+        implementation == "gpu"
+    ):
+        weight = weight.original()  # the layout of another platform
+    if isinstance(weight, CodebookTensor) and implementation == "gpu":
+        weight = banked_tensor(weight)
+    if isinstance(weight, BankedTensor):
+        settings: dict[str, Any] = {"dimension": weight.dimension, "dtype": dtype}
+        return codebook_api.banked_matmul(x, weight.words, dense(weight.codebooks), weight.scale, **settings)
     if isinstance(weight, UniformTensor):
         weight = word_tensor(weight)
     if isinstance(weight, CodebookTensor):
@@ -209,7 +229,7 @@ def _leaf(x: jax.Array, weight: Any, implementation: str) -> jax.Array:
     if isinstance(weight, LevelWordTensor):
         return uniform_api.level_matmul(x, weight.words, dense(weight.levels), weight.scale, bits=weight.bits)
     if isinstance(weight, LookupTensor):
-        settings: dict[str, Any] = {"blocks": weight.blocks, "dimension": weight.dimension}
+        settings = {"blocks": weight.blocks, "dimension": weight.dimension}
         settings |= {"out": weight.rows, "implementation": implementation}
         return codebook_api.codebook_matmul(x, weight.slots, dense(weight.codebooks), weight.scale, **settings)
     return _reference(x, weight)
