@@ -10,17 +10,34 @@ import jax
 import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm
+from jaxlib.mlir.dialects import arith, llvm
 
 from jaxquant.kernels import gpu_threads as t
 
 THOUSAND = 1024.0  # the last 10 bits of this float16 number are an integer to be added
-when = utils.when
+
+
+Int = t.Int
 
 
 def word() -> ir.Type:
     """Type of a register."""
     return ir.IntegerType.get_signless(32)
+
+
+def i32(x: Int) -> ir.Value:
+    """A 32-bit integer."""
+    return utils.c(x, word()) if isinstance(x, int) else x
+
+
+def shift_left(a: Int, b: Int) -> ir.Value:
+    """Left shift."""
+    return arith.shli(i32(a), i32(b))
+
+
+def shift_right(a: Int, b: Int) -> ir.Value:
+    """Right shift with zeros."""
+    return arith.shrui(i32(a), i32(b))
 
 
 def pair(value: float) -> int:
@@ -31,21 +48,21 @@ def pair(value: float) -> int:
     return int((np.uint32(half.view(np.uint16)) * np.uint32(0x10001)).view(np.int32))
 
 
-def cut(x: ir.Value, mask: int, over: t.Int) -> ir.Value:
+def cut(x: ir.Value, mask: int, over: Int) -> ir.Value:
     """`(x & mask) | over` in one instruction."""
-    return utils.inline_ptx(f"lop3.b32 $0, $1, {mask:#x}, $2, 0xEA;", x, t.i32(over), result_types=word())
+    return utils.inline_ptx(f"lop3.b32 $0, $1, {mask:#x}, $2, 0xEA;", x, i32(over), result_types=word())
 
 
-def add_pairs(a: ir.Value, b: t.Int) -> ir.Value:
+def add_pairs(a: ir.Value, b: Int) -> ir.Value:
     """Sums."""
-    return utils.inline_ptx("add.rn.f16x2 $0, $1, $2;", a, t.i32(b), result_types=word())
+    return utils.inline_ptx("add.rn.f16x2 $0, $1, $2;", a, i32(b), result_types=word())
 
 
-def scale_pairs(a: ir.Value, factor: float, b: t.Int) -> ir.Value:
+def scale_pairs(a: ir.Value, factor: float, b: Int) -> ir.Value:
     """`a * factor + b`, rounded once."""
     if factor == 1:
         return add_pairs(a, b)
-    return utils.inline_ptx("fma.rn.f16x2 $0, $1, $2, $3;", a, t.i32(pair(factor)), t.i32(b), result_types=word())
+    return utils.inline_ptx("fma.rn.f16x2 $0, $1, $2, $3;", a, i32(pair(factor)), i32(b), result_types=word())
 
 
 def mma(a: Sequence[ir.Value], b: Sequence[ir.Value], c: Sequence[ir.Value]) -> list[ir.Value]:
@@ -123,14 +140,9 @@ def bits_of(x: ir.Value) -> ir.Value:
     return arith.bitcast(word(), x)
 
 
-def number_of(x: ir.Value) -> ir.Value:
+def float_of(x: ir.Value) -> ir.Value:
     """The float32 number with these bits."""
     return arith.bitcast(ir.F32Type.get(), x)
-
-
-def plus(a: ir.Value, b: ir.Value) -> ir.Value:
-    """Sum of float32 numbers."""
-    return arith.addf(a, b)
 
 
 def minus(a: ir.Value, b: ir.Value) -> ir.Value:
@@ -138,29 +150,14 @@ def minus(a: ir.Value, b: ir.Value) -> ir.Value:
     return arith.subf(a, b)
 
 
-def times(a: ir.Value, b: ir.Value) -> ir.Value:
-    """Product of float32 numbers."""
-    return arith.mulf(a, b)
-
-
-def divided(a: ir.Value, b: int) -> ir.Value:
-    """Quotient of unsigned integers."""
-    return a if b == 1 else arith.divui(a, t.i32(b))
-
-
-def rest(a: ir.Value, b: int) -> ir.Value:
-    """Remainder of unsigned integers."""
-    return arith.remui(a, t.i32(b))
-
-
-def most(a: t.Int, b: t.Int) -> ir.Value:
+def most(a: Int, b: Int) -> ir.Value:
     """Maximum of unsigned integers."""
-    return arith.maxui(t.i32(a), t.i32(b))
+    return arith.maxui(i32(a), i32(b))
 
 
-def equal(a: t.Int, b: t.Int) -> ir.Value:
+def equal(a: Int, b: Int) -> ir.Value:
     """Comparison of integers: a bit."""
-    return arith.cmpi(arith.CmpIPredicate.eq, t.i32(a), t.i32(b))
+    return arith.cmpi(arith.CmpIPredicate.eq, i32(a), i32(b))
 
 
 def most_of_warp(x: ir.Value) -> ir.Value:
@@ -174,22 +171,7 @@ def of_neighbour(x: ir.Value) -> ir.Value:
     return utils.shfl_bfly(x, 1)
 
 
-def thread() -> ir.Value:
-    """Index of the thread in its block."""
-    return utils.thread_idx()
-
-
-def warp() -> ir.Value:
-    """Index of the warp in its block, known to be the same for 32 threads."""
-    return utils.warp_idx(sync=True)
-
-
-def barrier() -> None:
-    """All threads of the block meet here."""
-    gpu.barrier()
-
-
-def loop(count: t.Int, body: Any, carry: Any) -> Any:
+def loop(count: Int, body: Any, carry: Any) -> Any:
     """`gpu_threads.loop` for a tree of values."""
     leaves, structure = jax.tree.flatten(carry)
     leaves = t.loop(count, lambda i, leaves: jax.tree.leaves(body(i, jax.tree.unflatten(structure, leaves))), leaves)

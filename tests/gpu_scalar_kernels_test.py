@@ -142,7 +142,7 @@ def test_tiles_hold_the_codes(bits, out, columns, table):
 SERVED = {
     "4-bit": uniform_tensor(48, 1024, 4),
     "3-bit groups": uniform_tensor(40, 512, 3, 128),
-    "2-bit symmetric": uniform_tensor(33, 500, 2, zero=False),
+    "2-bit symmetric": uniform_tensor(60, 500, 2, zero=False),
     "16 levels": levels(48, 256, 4),
     "8 levels": levels(40, 1000, 3, scaled=False),
 }

@@ -29,7 +29,7 @@ class Threads:
     def i32(self, x):
         return np.full(self.count, x & 0xFFFFFFFF, np.uint32) if isinstance(x, int) else x
 
-    def constant(self, x):
+    def number(self, x):
         return np.full(self.count, x, np.float32)
 
     def add(self, *terms):
@@ -62,22 +62,25 @@ class Threads:
     def equal(self, a, b):
         return self.i32(a) == self.i32(b)
 
-    def divided(self, a, b):
-        return self.i32(a) // np.uint32(b)
+    def div(self, a, b):
+        return self.i32(a) // self.i32(b)
 
-    def rest(self, a, b):
-        return self.i32(a) % np.uint32(b)
+    def rem(self, a, b):
+        return self.i32(a) % self.i32(b)
+
+    def both(self, a, b):
+        return a & b
 
     def select(self, condition, a, b):
         return np.where(condition, a, b)
 
-    def plus(self, a, b):
+    def fadd(self, a, b):
         return a + b
 
     def minus(self, a, b):
         return a - b
 
-    def times(self, a, b):
+    def fmul(self, a, b):
         return a * b
 
     def float32(self, x):
@@ -89,7 +92,7 @@ class Threads:
     def bits_of(self, x):
         return x.view(np.uint32)
 
-    def number_of(self, x):
+    def float_of(self, x):
         return x.view(np.float32)
 
     @staticmethod
@@ -134,13 +137,13 @@ class Threads:
     def of_neighbour(self, x):
         return x.reshape(-1, 2)[:, ::-1].reshape(-1)
 
-    def thread(self):
+    def thread_index(self):
         return np.arange(self.count, dtype=np.uint32)
 
-    def warp(self):
-        return self.thread() // np.uint32(32)
+    def warp_index(self):
+        return self.thread_index() // np.uint32(32)
 
-    def barrier(self):
+    def block_barrier(self):
         assert self.active.all() or not self.active.any()
 
     @contextlib.contextmanager

@@ -25,22 +25,22 @@ class Thread:
 
     def __init__(self, plan: Plan, block: Any, refs: dict[str, Any]):
         self.plan, self.block, self.refs = plan, block, refs
-        self.thread, self.warp = h.thread(), h.warp()
-        self.warpgroup = t.shift_right(self.warp, 2)
+        self.thread, self.warp = t.thread_index(), t.warp_index()
+        self.warpgroup = h.shift_right(self.warp, 2)
         lane = t.bits_and(self.thread, 31)
-        self.row, self.column = t.shift_right(lane, 2), t.bits_and(lane, 3)  # g and t of `tiles`
+        self.row, self.column = h.shift_right(lane, 2), t.bits_and(lane, 3)  # g and t of `tiles`
         self.table = Table(plan, refs, self.row, self.warp, lane) if plan.table else None
         self.grid = None if plan.table else Grid(plan, refs, self.row)
 
     def run(self) -> None:
         """Everything."""
-        plan, first = self.plan, t.i32(0)
+        plan, first = self.plan, h.i32(0)
         loaded = self.load_rows(first), [self.load(first, step) for step in range(plan.steps)]
         self.prepare_inputs()
         if self.table:
             self.table.write(self.table.load(self.place(first)[0]), self.parity(first))
-        h.barrier()
-        zeros = [t.constant(0.0)] * 4
+        t.block_barrier()
+        zeros = [t.number(0.0)] * 4
 
         def one_turn(index, carry):
             (rows, blocks), sums = carry
@@ -57,22 +57,22 @@ class Thread:
                 self.finish(index, sums)
                 return new, zeros
             last = h.equal(self.place(index)[1], plan.turns - 1)
-            with h.when(last):
+            with t.when(last):
                 self.finish(index, sums)
             return new, [t.select(last, zero, total) for zero, total in zip(zeros, sums, strict=True)]
 
-        own_tiles = h.divided(t.sub(plan.tiles + plan.grid - 1, self.block), plan.grid)
+        own_tiles = t.div(t.sub(plan.tiles + plan.grid - 1, self.block), plan.grid)
         h.loop(t.mul(own_tiles, plan.turns), one_turn, (loaded, zeros))
 
     def place(self, index: Any) -> tuple[Any, Any]:
         """Tile and turn of a step of the loop; what follows the last tile is the last tile."""
         tile = t.add(self.block, t.mul(self.ordinal(index), self.plan.grid))
-        turn = t.i32(0) if self.plan.turns == 1 else h.rest(index, self.plan.turns)
+        turn = h.i32(0) if self.plan.turns == 1 else t.rem(index, self.plan.turns)
         return t.least(tile, self.plan.tiles - 1), turn
 
     def ordinal(self, index: Any) -> Any:
         """Which of this block's tiles it is."""
-        return h.divided(index, self.plan.turns)
+        return t.div(index, self.plan.turns)
 
     def parity(self, index: Any) -> Any:
         """Which of two places in shared memory a tile uses: in the other one the tile before is still being read."""
@@ -103,7 +103,7 @@ class Thread:
         segments = []
         if plan.groups > 1:
             for start in range(0, plan.width, plan.segment):
-                group = h.divided(t.add(t.mul(chunk, plan.width), start), plan.columns // plan.groups)
+                group = t.div(t.add(t.mul(chunk, plan.width), start), plan.columns // plan.groups)
                 segments.append(self.grid.load(tile, t.least(group, plan.groups - 1)))
         return {"words": words, "segments": segments}
 
@@ -120,7 +120,7 @@ class Thread:
             part = sums
             if plan.groups > 1:
                 rows = block["segments"][start // plan.segment]
-                offsets, part = self.grid.offsets(rows), [t.constant(0.0)] * 4
+                offsets, part = self.grid.offsets(rows), [t.number(0.0)] * 4
             for place in range(start, start + plan.segment, 32):
                 x = self.load_inputs(t.at(inputs, 2 * place))
                 for k in range(2):
@@ -130,7 +130,7 @@ class Thread:
             if plan.groups > 1:
                 scales = [h.float32(row["scale"]) for row in rows]
                 part = [
-                    h.plus(total, h.times(p, scales[i // 2]))
+                    t.fadd(total, t.fmul(p, scales[i // 2]))
                     for i, (total, p) in enumerate(zip(sums, part, strict=True))
                 ]
             sums = part
@@ -152,32 +152,32 @@ class Thread:
         def inputs(token: int, start: Any) -> list[Any]:
             place = t.add(t.least(start, plan.columns - size), token * plan.columns)
             values = t.load(t.at(self.refs["x"], t.mul(place, plan.size("x"))), plan.dtypes["x"], size)
-            return [t.select(t.less(start, plan.columns), value, t.constant(0.0)) for value in values]
+            return [t.select(t.less(start, plan.columns), value, t.number(0.0)) for value in values]
 
         for token in range(plan.tokens):
-            largest = t.i32(0)
+            largest = h.i32(0)
             for start in starts:
                 for value in inputs(token, start):
                     largest = h.most(largest, t.bits_and(h.bits_of(value), 0x7FFFFFFF))
             place = t.mul(t.add(self.warp, token * plan.warps), 4)
             h.store_together([h.most_of_warp(largest)], t.at(self.refs["largest"], place))
-        h.barrier()
+        t.block_barrier()
         for token in range(plan.tokens):
-            largest = t.i32(0)
+            largest = h.i32(0)
             for warp in range(plan.warps):
                 (other,) = h.load_words(t.at(self.refs["largest"], 4 * (token * plan.warps + warp)))
                 largest = h.most(largest, other)
             # The largest's exponent, biased by 127; no power of two below overflows.
-            exponent = h.most(t.shift_right(largest, 23), 32)
-            inverse = h.number_of(t.shift_left(t.sub(2 * 127 + _TOP, exponent), 23))
-            t.store(h.number_of(t.shift_left(t.sub(exponent, _TOP), 23)), t.at(self.refs["factors"], 4 * token))
+            exponent = h.most(h.shift_right(largest, 23), 32)
+            inverse = h.float_of(h.shift_left(t.sub(2 * 127 + _TOP, exponent), 23))
+            t.store(h.float_of(h.shift_left(t.sub(exponent, _TOP), 23)), t.at(self.refs["factors"], 4 * token))
             for start in starts:
-                values = [h.times(value, inverse) for value in inputs(token, start)]
+                values = [t.fmul(value, inverse) for value in inputs(token, start)]
                 for part in range(plan.parts):
                     halves = [h.float16(value) for value in values]
                     values = [h.minus(value, h.float32(half)) for value, half in zip(values, halves, strict=True)]
                     row = (token * plan.parts + part) * plan.stride
-                    with h.when(t.less(start, plan.padded)):
+                    with t.when(t.less(start, plan.padded)):
                         h.store_together(halves, t.at(self.refs["inputs"], t.mul(start, 2), 2 * row))
 
     def finish(self, index: Any, sums: list[Any]) -> None:
@@ -185,30 +185,30 @@ class Thread:
         plan = self.plan
         all_sums = t.at(self.refs["sums"], t.mul(self.parity(index), 4 * WARPGROUP * plan.warps))
         h.store_together(sums, t.at(all_sums, t.mul(self.thread, 16)))
-        h.barrier()
-        with h.when(h.equal(h.rest(self.ordinal(index), plan.config.warpgroups), self.warpgroup)):
+        t.block_barrier()
+        with t.when(h.equal(t.rem(self.ordinal(index), plan.config.warpgroups), self.warpgroup)):
             thread = t.bits_and(self.thread, WARPGROUP - 1)
             address = t.at(all_sums, t.mul(thread, 4))
             parts = [t.load(t.at(address, 4 * WARPGROUP * warp), jnp.float32)[0] for warp in range(plan.warps)]
-            value = functools.reduce(h.plus, parts)
-            lane, register = t.shift_right(thread, 2), t.bits_and(thread, 3)
+            value = functools.reduce(t.fadd, parts)
+            lane, register = h.shift_right(thread, 2), t.bits_and(thread, 3)
             tile, _ = self.place(index)
-            row = t.add(t.mul(tile, tiles.ROWS), t.shift_right(lane, 2), t.mul(t.shift_right(register, 1), 8))
+            row = t.add(t.mul(tile, tiles.ROWS), h.shift_right(lane, 2), t.mul(h.shift_right(register, 1), 8))
             token = t.add(t.mul(t.bits_and(lane, 3), 2), t.bits_and(register, 1))
             mine = t.less(row, plan.out)
             if plan.parts == 2:
-                value = h.plus(value, h.of_neighbour(value))
-                mine = t.bits_and(mine, h.equal(t.bits_and(token, 1), 0))
-                token = t.shift_right(token, 1)
-            with h.when(t.bits_and(mine, t.less(token, plan.tokens))):
+                value = t.fadd(value, h.of_neighbour(value))
+                mine = t.both(mine, h.equal(t.bits_and(token, 1), 0))
+                token = h.shift_right(token, 1)
+            with t.when(t.both(mine, t.less(token, plan.tokens))):
                 self.write(value, token, row)
 
     def write(self, value: Any, token: Any, row: Any) -> None:
         """Scales and writes one output."""
         plan = self.plan
-        value = h.times(value, t.load(t.at(self.refs["factors"], t.mul(token, 4)), jnp.float32)[0])
+        value = t.fmul(value, t.load(t.at(self.refs["factors"], t.mul(token, 4)), jnp.float32)[0])
         if plan.groups == 1 and "scale" in self.refs:
             address = t.at(self.refs["scale"], t.mul(row, plan.size("scale")))
-            value = h.times(value, t.load(address, plan.dtypes["scale"])[0])
+            value = t.fmul(value, t.load(address, plan.dtypes["scale"])[0])
         place = t.mul(t.add(t.mul(token, plan.out), row), plan.size("y"))
         t.store(value, t.at(self.refs["y"], place), plan.dtypes["y"])

@@ -24,7 +24,7 @@ class Grid:
         self.plan, self.refs, self.row = plan, refs, row
         self.units = 2 * -(-plan.out * plan.bits // 32)  # 16 bits of zero points of a group
 
-    def load(self, tile: Any, group: t.Int) -> list[dict[str, Any]]:
+    def load(self, tile: Any, group: h.Int) -> list[dict[str, Any]]:
         """For both rows, the units with the zero point, and the scale if groups have scales."""
         plan = self.plan
         rows = []
@@ -32,7 +32,7 @@ class Grid:
             row = t.least(t.add(t.mul(tile, tiles.ROWS), self.row, 8 * half), plan.out - 1)
             values: dict[str, Any] = {}
             if "zero" in self.refs:
-                unit = t.shift_right(t.mul(row, plan.bits), 4)
+                unit = h.shift_right(t.mul(row, plan.bits), 4)
                 units = [unit, t.least(t.add(unit, 1), self.units - 1)][: 2 if plan.bits == 3 else 1]
                 line = t.at(self.refs["zero"], t.mul(group, 2 * self.units))
                 values["zero"] = [h.load_short(t.at(line, t.mul(unit, 2))) for unit in units]
@@ -42,37 +42,37 @@ class Grid:
             rows.append(values)
         return rows
 
-    def offsets(self, rows: list[dict[str, Any]]) -> list[dict[int, t.Int]]:
+    def offsets(self, rows: list[dict[str, Any]]) -> list[dict[int, h.Int]]:
         """For both rows, by place, what is added to the scaled number."""
         bits = self.plan.bits
         rests = {p: -h.THOUSAND / 2**p for p in {_place(bits, bit)[1] for bit in range(0, 16 // bits * bits, bits)}}
-        offsets: list[dict[int, t.Int]] = []
+        offsets: list[dict[int, h.Int]] = []
         for half, values in enumerate(rows):
             if "zero" not in values:
                 offsets.append({p: h.pair(rest - 2 ** (bits - 1)) for p, rest in rests.items()})
                 continue
             zero, *more = values["zero"]
             if more:
-                zero = t.add(zero, t.shift_left(more[0], 16))
+                zero = t.add(zero, h.shift_left(more[0], 16))
             # A tile's 16 zero points begin a unit.
-            zero = t.shift_right(zero, t.bits_and(t.mul(t.add(self.row, 8 * half), bits), 15))
+            zero = h.shift_right(zero, t.bits_and(t.mul(t.add(self.row, 8 * half), bits), 15))
             zero = t.mul(t.bits_and(zero, 2**bits - 1), _BOTH)
             negative = h.add_pairs(h.cut(zero, 0xFFFFFFFF, h.pair(-h.THOUSAND)), h.pair(h.THOUSAND))
             offsets.append({p: h.add_pairs(negative, h.pair(rest)) for p, rest in rests.items()})
         return offsets
 
-    def pair(self, words: list[Any], half: int, number: int, offsets: list[dict[int, t.Int]]) -> Any:
+    def pair(self, words: list[Any], half: int, number: int, offsets: list[dict[int, h.Int]]) -> Any:
         """A pair of weights of one of the rows, from the row's words."""
         bits = self.plan.bits
         count = 16 // bits
         if number == count * len(words):  # the sixteenth of 3 bits
             value = h.pair(h.THOUSAND)
             for i, word in enumerate(words):
-                value = h.cut(t.shift_right(word, 15 - i), _BOTH << i, value)
+                value = h.cut(h.shift_right(word, 15 - i), _BOTH << i, value)
             return h.add_pairs(value, offsets[half][0])
         shift, place = _place(bits, number % count * bits)
         word = words[number // count]
-        value = h.cut(t.shift_right(word, shift) if shift else word, (2**bits - 1 << place) * _BOTH, h.pair(h.THOUSAND))
+        value = h.cut(h.shift_right(word, shift) if shift else word, (2**bits - 1 << place) * _BOTH, h.pair(h.THOUSAND))
         return h.scale_pairs(value, 2.0**-place, offsets[half][place])
 
 
@@ -134,12 +134,12 @@ class Table:
         place = t.add(self._start(parity), t.mul(self.lane, 4), PAIR_BYTES // 2 * half)
         if number == count * len(words):  # the sixteenth of 3 bits
             for i, word in enumerate(words):
-                place = h.cut(t.shift_right(word, 22 - 2 * i), 0x300 << 2 * i, place)
+                place = h.cut(h.shift_right(word, 22 - 2 * i), 0x300 << 2 * i, place)
         elif bits == 4:
             # Byte 0 of the place, a byte of codes, bytes 2 and 3 of the place.
             place = t.permute(words[number // count], place, 0x7604 | number % count << 4)
         else:
             word, bit = words[number // count], number % count * 2 * bits
-            word = t.shift_right(word, bit - 8) if bit >= 8 else t.shift_left(word, 8 - bit)
+            word = h.shift_right(word, bit - 8) if bit >= 8 else h.shift_left(word, 8 - bit)
             place = h.cut(word, 4**bits - 1 << 8, place)
         return h.load_words(t.at(self.refs["tables"], place))[0]
