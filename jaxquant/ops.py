@@ -37,6 +37,7 @@ from jaxquant.tensors import (
     dense,
     unpack_order,
 )
+from jaxquant.tile_tensors import LevelTileTensor, UniformTileTensor, has_scalar_codes, tile_tensor
 
 Implementation = Literal["reference", "cpu", "tpu", "gpu"]
 
@@ -103,8 +104,8 @@ def choose(weight: Any, *, tokens: int = 1) -> Implementation:
 
 def _lies_for(weight: Any, kernel: str) -> bool:
     """True for a layout that the kernel of a platform reads as it is."""
-    banked = isinstance(weight, BankedTensor)
-    return isinstance(weight, ServingTensor) and (banked if kernel == "gpu" else not banked)
+    ours = isinstance(weight, (BankedTensor, UniformTileTensor, LevelTileTensor))
+    return isinstance(weight, ServingTensor) and (ours if kernel == "gpu" else not ours)
 
 
 def _leaves(weight: Any) -> Iterator[Any]:
@@ -121,15 +122,15 @@ def _leaves(weight: Any) -> Iterator[Any]:
 def _leaf_reason(weight: Any, implementation: str, tokens: int) -> str | None:
     if not isinstance(weight, QuantizedTensor):
         return None  # a dense part needs no kernel
-    if isinstance(weight, (UniformTensor, UniformWordTensor)):
-        groups = weight.scale.shape[-1]
+    if isinstance(weight, (UniformTensor, UniformWordTensor, UniformTileTensor)):
+        groups = weight.scale.shape[-2 if isinstance(weight, UniformTileTensor) else -1]
         group = None if groups == 1 else weight.shape[1] // groups
         return uniform_api.supports(
             implementation, bits=weight.bits, group=group, columns=weight.shape[1], tokens=tokens
         )
-    if isinstance(weight, (CodebookTensor, LookupTensor, BankedTensor, LevelWordTensor)):
+    if isinstance(weight, (CodebookTensor, LookupTensor, BankedTensor, LevelWordTensor, LevelTileTensor)):
         scale = None if weight.scale is None else weight.scale.shape
-        if isinstance(weight, LevelWordTensor) or _by_levels(weight, implementation):
+        if isinstance(weight, (LevelWordTensor, LevelTileTensor)) or _by_levels(weight, implementation):
             return uniform_api.supports_levels(implementation, scale=scale, columns=weight.shape[1], tokens=tokens)
         packed = isinstance(weight, CodebookTensor)
         vector, count = weight.vector if packed else (1, weight.dimension), weight.num_codebooks
@@ -147,7 +148,7 @@ def _leaf_reason(weight: Any, implementation: str, tokens: int) -> str | None:
 
 def _by_levels(weight: Any, implementation: str) -> bool:
     """True where the kernel for levels per row is the one to use."""
-    return implementation == "tpu" and isinstance(weight, CodebookTensor) and has_row_levels(weight)
+    return implementation in ("tpu", "gpu") and isinstance(weight, CodebookTensor) and has_row_levels(weight)
 
 
 def _reference(x: jax.Array, weight: Any) -> jax.Array:
@@ -210,10 +211,16 @@ def _concat(x: jax.Array, weight: ConcatTensor, implementation: str) -> jax.Arra
 
 
 def _leaf(x: jax.Array, weight: Any, implementation: str, dtype: Any) -> jax.Array:
-    if isinstance(weight, (LookupTensor, BankedTensor)) and isinstance(weight, BankedTensor) != (
-        implementation == "gpu"
-    ):
+    if isinstance(weight, ServingTensor) and not _lies_for(weight, implementation):
         weight = weight.original()  # the layout of another platform
+    if implementation == "gpu" and has_scalar_codes(weight):
+        weight = tile_tensor(weight)
+    if isinstance(weight, UniformTileTensor):
+        zero = None if weight.zero is None else weight.zero.words
+        return uniform_api.uniform_tile_matmul(x, weight.words, weight.scale, zero, bits=weight.bits, dtype=dtype)
+    if isinstance(weight, LevelTileTensor):
+        levels = dense(weight.levels)
+        return uniform_api.level_tile_matmul(x, weight.words, levels, weight.scale, bits=weight.bits, dtype=dtype)
     if isinstance(weight, CodebookTensor) and implementation == "gpu":
         weight = banked_tensor(weight)
     if isinstance(weight, BankedTensor):

@@ -20,6 +20,7 @@ from jaxquant.kernels.codebook_matmul import layout as slot_layout
 from jaxquant.kernels.uniform_matmul import layout as word_layout
 from jaxquant.outliers import ColumnOutlierTensor
 from jaxquant.packing import PackedArray, pack
+from jaxquant.serving_tensor import ServingTensor as ServingTensor
 from jaxquant.tensors import (
     CodebookTensor,
     ConcatTensor,
@@ -28,6 +29,7 @@ from jaxquant.tensors import (
     UniformTensor,
     is_quantized,
 )
+from jaxquant.tile_tensors import tile_tensor, worth_tiles
 
 WORD_BITS = (2, 3, 4, 8)
 # Lines of half words for one product of a TPU's matrix unit; few columns are not worth padding to so many.
@@ -35,23 +37,6 @@ _LINES, _FEW_COLUMNS, _FEWEST_LINES = 64, 512, 16
 # Rows of slots at a distance of a multiple of 1024 bytes push each other out of a CPU's first cache (8 ways of 4 KiB):
 # 5 times slower at 4096 outputs, so such rows are a cache line longer.
 _ALIASED, _CACHE_LINE = 1024, 64
-
-
-class ServingTensor(QuantizedTensor):
-    """A tensor in a kernel's layout."""
-
-    def original(self) -> QuantizedTensor:
-        """Returns the tensor that this one was made from, bit for bit."""
-        raise NotImplementedError
-
-    def dequantize(self) -> jax.Array:
-        """Returns the dense weight, float32 [out, in]."""
-        return self.original().dequantize()
-
-    @property
-    def format(self) -> str:
-        """Short description for tables."""
-        return jax.eval_shape(self.original).format + ", kernel layout"
 
 
 @functools.partial(
@@ -276,6 +261,8 @@ def _layout(tensor: QuantizedTensor, platform: str) -> QuantizedTensor:
     """The layout for a platform, or the tensor itself where no kernel would read it."""
     if platform not in ("cpu", "tpu", "gpu"):
         return tensor
+    if platform == "gpu" and worth_tiles(tensor):
+        return tile_tensor(tensor)
     if isinstance(tensor, CodebookTensor):
         additive = tensor.codes.bits == 8 and tensor.vector[0] == 1 and tensor.vector[1] >= 4
         if platform == "gpu":

@@ -14,17 +14,38 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
+from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf, vector
 
 Value = Any  # of a thread
 Int = Any  # a Value of 32 bits, or an int
 
 _DYNAMIC = -(2**31)  # marks an index of a getelementptr that is a value
-_SHARED = 3  # address space
+_GLOBAL, _SHARED = 1, 3  # address spaces
 
 
 def _word() -> ir.Type:
     return ir.IntegerType.get_signless(32)
+
+
+def _ptx(
+    code: str, arguments: Sequence[Value] = (), results: Sequence[ir.Type] = (), *, pure: bool = False
+) -> list[Value]:
+    """Emits an instruction; $0, $1, ... are its results and then its arguments, of 32 bits or global addresses."""
+    letters = [_letter(kind) for kind in results], [_letter(x.type) for x in arguments]
+    constraints = ",".join([*(f"={x}" for x in letters[0]), *letters[1]])
+    kind = ir.Type.parse("!llvm.void")
+    if results:
+        kind = results[0] if len(results) == 1 else llvm.StructType.get_literal(list(results))
+    out = llvm.inline_asm(kind, list(arguments), code, constraints, has_side_effects=not pure)
+    return [out] if len(results) == 1 else [llvm.extractvalue(x, out, [i]) for i, x in enumerate(results)]
+
+
+def _letter(kind: ir.Type) -> str:
+    """Kind of register: addresses of shared memory have 32 bits."""
+    if isinstance(kind, ir.F32Type):
+        return "f"
+    wide = isinstance(kind, llvm.PointerType) and kind.address_space in (0, _GLOBAL)
+    return "l" if wide else "r"
 
 
 def _i32(x: Int) -> Value:
@@ -84,7 +105,7 @@ def both(a: Value, b: Value) -> Value:
 def permute(low: Int, high: Int, selector: int) -> Value:
     """Four of the eight bytes of two words, one per half byte of `selector`; 8 more stand for the byte's sign instead."""
     ptx = f"prmt.b32 $0, $1, $2, {selector:#x};"
-    return utils.inline_ptx(ptx, _i32(low), _i32(high), result_types=_word())
+    return _ptx(ptx, (_i32(low), _i32(high)), [_word()], pure=True)[0]
 
 
 def number(x: float) -> Value:
@@ -122,7 +143,7 @@ def mma(a: Sequence[Value], b: Sequence[Value], c: Sequence[Value]) -> list[Valu
     """
     words = [arith.bitcast(_word(), x) for x in (*a, *b)]  # what registers of this instruction hold
     ptx = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
-    return list(utils.inline_ptx(ptx, *words, *c, result_types=[ir.F32Type.get()] * 4))
+    return _ptx(ptx, (*words, *c), [ir.F32Type.get()] * 4, pure=True)
 
 
 def thread_index() -> Value:
@@ -157,10 +178,12 @@ def at(address: Value, *offsets: Int) -> Value:
     """An address some bytes further. Constants are best last: instructions hold one for free."""
     byte = ir.IntegerType.get_signless(8)
     for offset in offsets:
-        dynamic, constant = ([], [offset]) if isinstance(offset, int) else ([offset], [_DYNAMIC])
-        if dynamic and llvm.PointerType(address.type).address_space != _SHARED:
-            dynamic = [arith.extui(ir.IntegerType.get_signless(64), offset)]
-        address = llvm.getelementptr(address.type, address, dynamic, constant, byte, llvm.GEPNoWrapFlags.none)
+        dynamic, constant = [], offset
+        if not isinstance(offset, int):
+            wide = llvm.PointerType(address.type).address_space != _SHARED
+            dynamic = [arith.extui(ir.IntegerType.get_signless(64), offset) if wide else offset]
+            constant = _DYNAMIC
+        address = llvm.getelementptr(address.type, address, dynamic, [constant], byte, llvm.GEPNoWrapFlags.none)
     return address
 
 
@@ -169,9 +192,9 @@ def load(address: Value, dtype: Any, count: int = 1) -> list[Value]:
     element = utils.dtype_to_ir_type(dtype)
     if count == 1:
         return [_float32(llvm.load(element, address))]
-    vector = ir.VectorType.get((count,), element)
-    vector = _float32(llvm.load(vector, address, alignment=count * jnp.dtype(dtype).itemsize))
-    return [utils.vector.extract(vector, dynamic_position=[], static_position=[i]) for i in range(count)]
+    kind = ir.VectorType.get((count,), element)
+    values = _float32(llvm.load(kind, address, alignment=count * jnp.dtype(dtype).itemsize))
+    return [vector.extract(values, dynamic_position=[], static_position=[i]) for i in range(count)]
 
 
 def _float32(x: ir.Value) -> ir.Value:
@@ -190,7 +213,7 @@ def store(x: Value, address: Value, dtype: Any = jnp.float32) -> None:
 def stream_words(address: Value) -> list[Value]:
     """Four words of global memory that are read once: not kept in the first cache."""
     ptx = "ld.global.nc.L1::no_allocate.v4.u32 {$0,$1,$2,$3}, [$4];"
-    return list(utils.inline_ptx(ptx, address, result_types=[_word()] * 4, has_side_effects=True))
+    return _ptx(ptx, [address], [_word()] * 4)
 
 
 def block_barrier() -> None:
@@ -200,9 +223,9 @@ def block_barrier() -> None:
 
 def cluster_barrier() -> None:
     """Waits for all threads of the cluster; orders what they did with barriers, but not other memory accesses."""
-    utils.inline_ptx("fence.mbarrier_init.release.cluster;", has_side_effects=True)
-    utils.inline_ptx("barrier.cluster.arrive.relaxed.aligned;", has_side_effects=True)
-    utils.inline_ptx("barrier.cluster.wait.acquire.aligned;", has_side_effects=True)
+    _ptx("fence.mbarrier_init.release.cluster;")
+    _ptx("barrier.cluster.arrive.relaxed.aligned;")
+    _ptx("barrier.cluster.wait.acquire.aligned;")
 
 
 def of_block(address: Value, rank: Int) -> Value:
@@ -213,19 +236,16 @@ def of_block(address: Value, rank: Int) -> Value:
 def expect_bytes(barrier: Value, count: int) -> None:
     """Makes 8 bytes of shared memory a barrier that waits for as many bytes; one thread."""
     nvvm.mbarrier_init(barrier, _i32(1))
-    _barrier(barrier).arrive_expect_tx(count)
+    nvvm.mbarrier_arrive_expect_tx(barrier, _i32(count))
 
 
 def send(x: Value, address: Value, barrier: Value) -> None:
     """Writes a float32 to shared memory of a block of the cluster, which counts as 4 bytes on its barrier."""
     ptx = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [$0], $1, [$2];"
-    utils.inline_ptx(ptx, address, arith.bitcast(_word(), x), barrier, has_side_effects=True)
+    _ptx(ptx, (address, arith.bitcast(_word(), x), barrier))
 
 
 def wait_bytes(barrier: Value) -> None:
     """Waits until a barrier of this block has its bytes."""
-    _barrier(barrier).wait_parity(utils.c(0, ir.IntegerType.get_signless(1)))
-
-
-def _barrier(address: Value) -> utils.BarrierRef:
-    return utils.BarrierRef(address, _i32(0), None, 1)  # no phases: it is used once
+    first, nanoseconds = 0, 10_000_000  # the phase, and how long to sleep before looking again
+    nvvm.mbarrier_try_wait_parity(barrier, _i32(first), _i32(nanoseconds))

@@ -1,8 +1,9 @@
-"""GPU kernels without a GPU: the layout, the arithmetic of its lookups, what fits, and that the kernel can be lowered.
+"""GPU kernels, without a GPU: the layout, the program of the threads, what fits, and that the kernel can be lowered.
 
-Mosaic GPU cannot interpret code of single threads, so a model in numpy stands for the kernel here.
+Pallas cannot interpret code of single threads; `tests.gpu_model` can.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -13,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxquant import matmul
-from jaxquant.kernels.codebook_matmul import layout
-from jaxquant.kernels.codebook_matmul.layout import LANES, SET
+from jaxquant.kernels.codebook_matmul import gpu, gpu_plan, layout
+from jaxquant.kernels.codebook_matmul.gpu_plan import BlockConfig, block_config
+from jaxquant.kernels.codebook_matmul.layout import SET
 from jaxquant.ops import choose, supports
 from jaxquant.serving import BankedTensor, banked_tensor, for_serving, from_serving
+from tests.gpu_model import Model
 from tests.ops_test import TENSORS, additive, dequantize, relative
 from tests.tensors_test import codebook_tensor
 
@@ -32,29 +35,59 @@ def test_banked_words_hold_the_codes(count, out, groups):
     np.testing.assert_array_equal(layout.from_banked_words(words, count, groups), codes)
 
 
-@pytest.mark.parametrize(("count", "d"), [(1, 4), (2, 8), (4, 8), (8, 16)])
-def test_lookups_in_32_banks_make_the_product(count, d):
-    out, groups = 40, 100 // count
-    weight = additive(out, groups * d, count, d=d, scaled=False)
-    words = np.asarray(banked_tensor(weight).words)
-    books = np.asarray(weight.codebooks, np.float64).reshape(count, 256, d)
-    x = np.random.default_rng(0).standard_normal(groups * d)
-    per = SET // count
-    padded = np.pad(x.reshape(groups, d), ((0, -groups % per), (0, 0))).reshape(-1, per, d)
-    # [sets, code, slot], as the kernel holds it: four bytes each
-    tables = np.einsum("sjd,mkd->skmj", padded, books).reshape(len(padded), 256, SET)
-    outputs = np.arange(out)
-    y = np.zeros(out)
-    for line in range(len(words)):
-        codes = words[line].view(np.uint8).reshape(out, 16)
-        for i in range(16):
-            place = (outputs % LANES ^ 16 * (line % 2) + i) * 4
-            address = codes[:, i].astype(int) << 8 | place
-            for warp in range(0, out, LANES):
-                banks = address[warp : warp + LANES] // 4 % 32
-                assert len(set(banks)) == len(banks)
-            y += tables[line // 4].ravel()[address // 4 + 32 * (line // 2 % 2)]
-    assert relative(y, x @ np.asarray(dequantize(weight), np.float64).T) < 1e-6
+def modelled(x, weight, config, monkeypatch):
+    """The kernel's result and the most accesses of a bank, by `tests.gpu_model`."""
+    arrays = x, np.asarray(weight.words), np.asarray(weight.codebooks), weight.scale
+    plan = gpu_plan.make_plan(*arrays, dimension=weight.dimension, dtype=np.float32, config=config)
+    y = np.full((len(x), weight.shape[0]), np.nan, np.float32)
+    most = 0
+    for cluster, chunk in np.ndindex(plan.grid):
+        model = Model(config.cluster, plan.threads)
+        model.patch(monkeypatch)
+        tables, barrier = model.shared(config.sets * plan.chunk * gpu_plan.TABLE_BYTES), model.shared(8)
+        refs = [*map(model.global_, (*arrays[:3], y)), tables, model.shared(4 * plan.sums), model.shared(4 * plan.sums)]
+        scale = [] if weight.scale is None else [model.global_(np.asarray(weight.scale).reshape(-1))]
+        gpu.ThreadProgram(plan, (model.block, cluster, chunk), (*refs, barrier, *scale)).run()
+        most = max(most, model.most_in_a_bank)
+    return y, most
+
+
+MODELLED = {
+    "2x8": (additive(100, 1024), 1, BlockConfig(1, 2, 2, 1, 64)),
+    "passes, sets that are not there": (additive(40, 1100), 1, BlockConfig(1, 2, 1, 1, 32)),
+    "teams, loads ahead": (additive(300, 520), 1, BlockConfig(2, 2, 2, 2, 160, 2)),
+    "3 tokens of 5": (additive(33, 64), 5, BlockConfig(1, 1, 1, 1, 64)),
+    "1x8, vectors of 16, no scale": (additive(40, 1600, 1, d=16, scaled=False), 1, BlockConfig(1, 2, 1, 1, 64)),
+    "4x8, vectors of 4": (additive(40, 200, 4, d=4), 1, BlockConfig(2, 2, 2, 1, 64)),
+    "8x8, 16 entries": (additive(40, 64, 8, size=16), 1, BlockConfig(1, 1, 1, 1, 64)),
+}
+
+
+@pytest.mark.parametrize("name", MODELLED)
+def test_the_program_of_threads(name, monkeypatch):
+    weight, tokens, config = MODELLED[name]
+    x = np.random.default_rng(0).standard_normal((tokens, weight.shape[1])).astype(np.float32)
+    y, most = modelled(x, banked_tensor(weight), config, monkeypatch)
+    assert relative(y, x.astype(np.float64) @ np.asarray(dequantize(weight), np.float64).T) < 2e-6
+    assert most == 1
+
+
+def test_scales_of_columns_and_half_precision(monkeypatch):
+    weight = additive(40, 200, scaled=False)
+    scale = jnp.asarray(np.random.default_rng(1).uniform(0.5, 1.5, (1, 25)), jnp.float16)
+    weight = dataclasses.replace(weight, scale=scale)
+    x = np.random.default_rng(0).standard_normal((1, 200)).astype(np.float16)
+    y, _ = modelled(x, banked_tensor(weight), BlockConfig(1, 1, 2, 1, 64), monkeypatch)
+    assert relative(y, x.astype(np.float64) @ np.asarray(dequantize(weight), np.float64).T) < 2e-6
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 2000), st.integers(1, 200_000), st.integers(1, 3))
+def test_every_size_has_a_division(total_sets, out, chunk):
+    config = block_config(total_sets, out, chunk)
+    sums = 2 * 4 * chunk * config.teams * config.width
+    assert config.sets * chunk * gpu_plan.TABLE_BYTES + sums + 8 <= 227 * 1024
+    assert config.width % 32 == config.width % config.cluster == config.sets % config.teams == 0
 
 
 def test_the_layout_is_reversible_and_counted():

@@ -13,7 +13,6 @@ memory; those over the cluster are added up in a fixed order, each block's share
 
 import contextlib
 import functools
-import math
 from typing import Any
 
 import jax
@@ -23,12 +22,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.kernels import gpu_threads as t
 from jaxquant.kernels.codebook_matmul.gpu_exchange import Exchange
-from jaxquant.kernels.codebook_matmul.gpu_plan import TABLE_BYTES, TABLES, WARP, BlockConfig, Plan, block_config
+from jaxquant.kernels.codebook_matmul.gpu_plan import TABLE_BYTES, WARP, BlockConfig, Plan, make_plan
 from jaxquant.kernels.codebook_matmul.gpu_tables import TableBuilder
 from jaxquant.kernels.codebook_matmul.layout import LANES
 
 
-class _Thread:
+class ThreadProgram:
     """The program of one thread.
 
     Args:
@@ -172,7 +171,7 @@ def _kernel(*refs, plan: Plan):
 
     @plgpu.inline_mgpu(arg_types=(scalar,) * 3 + (plgpu.RefType(),) * len(refs))
     def thread(_, block, cluster, chunk, *refs):
-        _Thread(plan, tuple(i.registers.item() for i in (block, cluster, chunk)), refs).run()
+        ThreadProgram(plan, tuple(i.registers.item() for i in (block, cluster, chunk)), refs).run()
 
     thread(*place, x, words, books, y, *scratch, *scale)
 
@@ -198,30 +197,23 @@ def lookup_matmul(
       dtype: of the result.
       config: division of the work; by default that of `block_config`.
     """
-    tokens, columns = x.shape
-    out, total_sets, count = words.shape[1], len(words) // 4, len(codebooks)
-    chunk = math.ceil(tokens / math.ceil(tokens / TABLES))
-    config = config or block_config(total_sets, out, chunk)
-    kind = None if scale is None else "columns" if scale.shape[1] > 1 else "rows"
-    if kind == "rows" and len(scale) == 1 and out > 1:
-        scale = jnp.broadcast_to(scale, (out, 1))
-    dtypes = {"x": x.dtype, "books": codebooks.dtype, "y": jnp.dtype(dtype)}
-    dtypes["scale"] = None if scale is None else scale.dtype
-    entries = codebooks.shape[1] // dimension
-    plan = Plan(config, tokens, chunk, columns, out, dimension, count, entries, total_sets, kind, dtypes)
+    if scale is not None and scale.size == 1:
+        scale = jnp.broadcast_to(scale, (words.shape[1], 1))
+    plan = make_plan(x, words, codebooks, scale, dimension=dimension, dtype=dtype, config=config)
+    config = plan.config
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan=plan),
-        out_type=jax.ShapeDtypeStruct((tokens, out), dtype),
-        grid=(-(-out // config.width), -(-tokens // chunk)),
+        out_type=jax.ShapeDtypeStruct((plan.tokens, plan.out), dtype),
+        grid=plan.grid,
         grid_names=("cluster", "chunk"),
         cluster=(config.cluster,),
         cluster_names=("block",),
         num_threads=config.warpgroups,
         thread_name="warpgroup",
         scratch_types=[
-            plgpu.SMEM((config.sets * chunk * TABLE_BYTES // 4,), jnp.float32),
-            plgpu.SMEM((chunk * config.teams * config.width,), jnp.float32),
-            plgpu.SMEM((chunk * config.teams * config.width,), jnp.float32),
+            plgpu.SMEM((config.sets * plan.chunk * TABLE_BYTES // 4,), jnp.float32),
+            plgpu.SMEM((plan.sums,), jnp.float32),
+            plgpu.SMEM((plan.sums,), jnp.float32),
             plgpu.SMEM((2,), jnp.int32),
         ],
         kernel_name="lookup_matmul",

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
 from jaxquant.kernels.codebook_matmul.layout import LANES, SET
 
 WARPGROUP, WARP = 128, 32  # threads
@@ -124,3 +126,38 @@ class Plan:
     def groups(self) -> int:
         """Groups of inputs in a set."""
         return SET // self.count
+
+    @property
+    def sums(self) -> int:
+        """Sums of a block, one per token, team and output."""
+        return self.chunk * self.config.teams * self.config.width
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Clusters along the outputs, and chunks of tokens."""
+        return -(-self.out // self.config.width), -(-self.tokens // self.chunk)
+
+
+def make_plan(
+    x: Any, words: Any, codebooks: Any, scale: Any, *, dimension: int, dtype: Any, config: BlockConfig | None
+) -> Plan:
+    """The plan for `gpu.lookup_matmul` with these arrays, of which shapes and dtypes suffice."""
+    (tokens, columns), (lines, out, _) = x.shape, words.shape
+    chunk = -(-tokens // -(-tokens // TABLES))
+    by = None if scale is None else "rows" if scale.shape[1] == 1 else "columns"
+    dtypes = {"x": x.dtype, "books": codebooks.dtype, "y": jnp.dtype(dtype)}
+    if scale is not None:
+        dtypes["scale"] = scale.dtype
+    return Plan(
+        config=config or block_config(lines // 4, out, chunk),
+        tokens=tokens,
+        chunk=chunk,
+        columns=columns,
+        out=out,
+        dimension=dimension,
+        count=len(codebooks),
+        entries=codebooks.shape[1] // dimension,
+        total_sets=lines // 4,
+        scale=by,
+        dtypes=dtypes,
+    )

@@ -38,6 +38,11 @@ def block_columns(bits: int) -> int:
     return WARPS * chunk_columns(bits)
 
 
+def padded_size(out: int, columns: int, bits: int) -> int:
+    """Codes that fill whole tiles and blocks."""
+    return -(-out // ROWS) * ROWS * -(-columns // block_columns(bits)) * block_columns(bits)
+
+
 def _spread(bits: int, table: bool) -> tuple[int, int]:
     """Distances, in bits, between the codes of a pair, and between pairs."""
     return (bits, 2 * bits) if table else (16, bits)
