@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def as_half(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -44,3 +45,13 @@ def permute_columns(x: jax.Array) -> jax.Array:
 def pad_lines(array: jax.Array) -> jax.Array:
     """An array [lines, elements] with zeros up to a multiple of 16 bytes, of which copies consist."""
     return jnp.pad(array, ((0, 0), (0, -array.shape[1] % (16 // array.dtype.itemsize))))
+
+
+def unpack(words: jax.Array, bits: int, count: int) -> jax.Array:
+    """Codes packed along the last axis without gaps, uint32 [lines, words], as uint8 [lines, count]."""
+    place = np.arange(count) * bits
+    first, shift = place // 32, (place % 32).astype(np.uint32)[None]
+    low = words[:, first] >> shift
+    high = words[:, np.minimum(first + 1, words.shape[1] - 1)] << (-shift & np.uint32(31))
+    codes = jnp.where(shift + bits > 32, low | high, low) & np.uint32(2**bits - 1)
+    return codes.astype(jnp.uint8)

@@ -1,5 +1,6 @@
 """GPU kernels for several tokens: the decoders, run by numpy, against float64; how work is shared; lowering for a GPU."""
 
+import functools
 import importlib
 
 import jax
@@ -8,8 +9,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxquant import matmul, pack
 from jaxquant.kernels.codebook_matmul import layout as slot_layout
 from jaxquant.kernels.uniform_matmul import tiles
+from jaxquant.ops import supports
+from jaxquant.serving import for_serving
+from tests import ops_test as tensors
+from tests.tensors_test import codebook_tensor
 
 gpu_decode, gpu_inputs, gpu_plan = (
     importlib.import_module(f"jaxquant.kernels.{name}") for name in ("gpu_decode", "gpu_inputs", "gpu_plan")
@@ -190,7 +196,7 @@ def test_uniform_codes(monkeypatch, bits, group, columns, has_zero, dtype):
     weight = (codes - point) * np.repeat(scale.astype(np.float64), columns // groups, 1)
     x = inputs(2, columns, dtype)
     config = gpu_plan.BlockConfig(2, 1 if bits < 4 else 2, 8)
-    zero = None if zero is None else jnp.asarray(zero)
+    zero = None if zero is None else pack(jnp.asarray(zero), bits).words
     words = tiles.to_tiles(jnp.asarray(codes), bits, table=False)
     y = scalar.uniform_matmul(x, words, jnp.asarray(scale.T), zero, bits=bits, config=config)
     assert relative(y, np.asarray(x, np.float64) @ weight.T) < (1e-6 if dtype != "float32" else BOUND)
@@ -243,18 +249,49 @@ def test_half_precision_rows():
     assert gpu_inputs.as_half(half) == (half, None)
 
 
-def lowered(function, *shapes):
-    return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+def levels_tensor(out, n, bits):
+    """A random CodebookTensor with a table per row."""
+    return codebook_tensor(out, n, 1, 2**bits, (out, 1), (1, 1))[0]
+
+
+# name: (weight, tokens)
+PRODUCTS = {
+    "2x8": (tensors.additive(520, 1024), 9),
+    "2x8, many tokens": (tensors.additive(520, 1024), 600),
+    "1x8": (tensors.additive(333, 264, 1), 64),
+    "4x8": (tensors.additive(333, 264, 4), 100),
+    "uniform 4-bit": (tensors.uniform_tensor(520, 1024), 16),
+    "uniform 4-bit, many tokens": (tensors.uniform_tensor(520, 1024), 257),
+    "uniform 4-bit groups": (tensors.uniform_tensor(520, 1024, 4, 128), 100),
+    "uniform 3-bit": (tensors.uniform_tensor(333, 700, 3), 33),
+    "uniform 2-bit groups": (tensors.uniform_tensor(333, 1024, 2, 32, zero=False), 9),
+    "uniform 8-bit": (tensors.uniform_tensor(333, 700, 8), 128),
+    "16 levels": (levels_tensor(333, 700, 4), 64),
+    "8 levels": (levels_tensor(333, 700, 3), 16),
+    "4 levels": (levels_tensor(333, 700, 2), 300),
+}
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs jax 0.11")
-@pytest.mark.parametrize("tokens", [5, 16, 64, 100, 256, 600])
-def test_lowering(tokens):
-    x, shape = jax.ShapeDtypeStruct((tokens, 1024), jnp.bfloat16), jax.ShapeDtypeStruct
-    books, banked = shape((2, 256 * 8), jnp.float16), shape((16, 520, 4), jnp.uint32)
-    assert "mosaic_gpu" in lowered(lambda x, w, b: additive.decode_matmul(x, w, b, None), x, banked, books)
-    words, scale = shape((33, 4, 1, 128, 4), jnp.uint32), shape((8, 520), jnp.float16)
-    zero = shape((8, 520), jnp.uint8)
-    assert "mosaic_gpu" in lowered(lambda *a: scalar.uniform_matmul(*a, bits=4), x, words, scale, zero)
-    levels = shape((520, 16), jnp.float16)
-    assert "mosaic_gpu" in lowered(lambda *a: scalar.level_matmul(*a, None, bits=4), x, words, levels)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_lowering(name):
+    weight, tokens = PRODUCTS[name]
+    assert supports(weight, "gpu", tokens=tokens) is None
+    x = jax.ShapeDtypeStruct((tokens, weight.shape[1]), jnp.bfloat16)
+    product = jax.jit(functools.partial(matmul, implementation="gpu"))
+    assert "mosaic_gpu" in product.trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_on_a_gpu(name, dtype):
+    weight, tokens = PRODUCTS[name]
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((tokens, weight.shape[1])), dtype)
+    served = for_serving(weight, "gpu")
+    product = jax.jit(functools.partial(matmul, implementation="gpu"))
+    y = product(x, served)
+    expected = np.asarray(x, np.float64) @ np.asarray(tensors.dequantize(weight), np.float64).T
+    assert relative(y, expected) < BOUND
+    for _ in range(20):
+        np.testing.assert_array_equal(product(x, served), y)

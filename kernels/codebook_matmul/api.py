@@ -121,11 +121,9 @@ def banked_matmul(
     dimension: int,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """Returns x @ W.T by the GPU kernels, [tokens, out] of `dtype`; see `gpu.lookup_matmul` and `gpu_batch.decode_matmul`."""
+    """Returns x @ W.T by the GPU kernels, [tokens, out] of `dtype`; see `gpu.lookup_matmul`, `gpu_batch.decode_matmul`."""
+    from jaxquant.kernels.codebook_matmul import gpu, gpu_batch
+
     if len(x) > GPU_TOKENS:
-        from jaxquant.kernels.codebook_matmul import gpu_batch
-
         return gpu_batch.decode_matmul(x, words, codebooks, scale, dtype=dtype)
-    from jaxquant.kernels.codebook_matmul import gpu
-
     return gpu.lookup_matmul(x, words, codebooks, scale, dimension=dimension, dtype=dtype)

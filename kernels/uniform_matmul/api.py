@@ -49,10 +49,8 @@ def _too_many(tokens: int, columns: int) -> str | None:
 def _on_gpu(tokens: int, columns: int, most_columns: int) -> str | None:
     if jax.__version_info__ < (0, 11):
         return f"expected JAX 0.11 or newer, got {jax.__version__}"
-    if tokens > GPU_TOKENS:
-        return f"expected at most {GPU_TOKENS} tokens, got {tokens}; make the weight dense for many tokens"
-    if columns > most_columns:
-        return f"expected at most {most_columns} columns, got {columns}"
+    if tokens <= GPU_TOKENS and columns > most_columns:
+        return f"expected at most {most_columns} columns for up to {GPU_TOKENS} tokens, got {columns}"
     return None
 
 
@@ -73,16 +71,16 @@ def level_matmul(x: jax.Array, words: jax.Array, levels: jax.Array, scale: jax.A
 def uniform_tile_matmul(
     x: jax.Array, words: jax.Array, scale: jax.Array, zero: jax.Array | None, *, bits: int, dtype: Any
 ) -> jax.Array:
-    """Returns x @ W.T by the GPU kernel, [tokens, out] of `dtype`; see `gpu.uniform_matmul`."""
-    from jaxquant.kernels.uniform_matmul import gpu
+    """Returns x @ W.T by the GPU kernels, [tokens, out] of `dtype`; see `gpu.uniform_matmul` and that of `gpu_batch`."""
+    from jaxquant.kernels.uniform_matmul import gpu, gpu_batch
 
-    return gpu.uniform_matmul(x, words, scale, zero, bits=bits, dtype=dtype)
+    return (gpu if len(x) <= GPU_TOKENS else gpu_batch).uniform_matmul(x, words, scale, zero, bits=bits, dtype=dtype)
 
 
 def level_tile_matmul(
     x: jax.Array, words: jax.Array, levels: jax.Array, scale: jax.Array | None, *, bits: int, dtype: Any
 ) -> jax.Array:
-    """Returns x @ W.T by the GPU kernel, [tokens, out] of `dtype`; see `gpu.level_matmul`."""
-    from jaxquant.kernels.uniform_matmul import gpu
+    """Returns x @ W.T by the GPU kernels, [tokens, out] of `dtype`; see `gpu.level_matmul` and that of `gpu_batch`."""
+    from jaxquant.kernels.uniform_matmul import gpu, gpu_batch
 
-    return gpu.level_matmul(x, words, levels, scale, bits=bits, dtype=dtype)
+    return (gpu if len(x) <= GPU_TOKENS else gpu_batch).level_matmul(x, words, levels, scale, bits=bits, dtype=dtype)

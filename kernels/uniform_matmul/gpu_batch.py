@@ -247,7 +247,7 @@ def uniform_matmul(
       x: float [tokens, in].
       words: uint32 [tiles, blocks, ...], see `tiles.to_tiles` with table = False.
       scale: float [groups, out], groups of a multiple of 32 columns.
-      zero: unsigned integers [groups, out], or None for 2**(bits - 1).
+      zero: uint32 [groups, out * bits / 32, rounded up], codes packed along out; or None for 2**(bits - 1).
       bits: 2, 3, 4 or 8.
       dtype: of the result.
       config: sizes, by default from `gpu_plan.block_config`.
@@ -270,7 +270,9 @@ def uniform_matmul(
     )
     streams, copies = [decoder.stream(words)], decoder.calls * decoder.fragments if group else 1
     if zero is not None:
-        streams.append(gpu_plan.Stream(gpu_inputs.pad_lines(zero.astype(jnp.uint8)), (1, config.rows), copies))
+        streams.append(
+            gpu_plan.Stream(gpu_inputs.pad_lines(gpu_inputs.unpack(zero, bits, out)), (1, config.rows), copies)
+        )
     if group is not None:
         streams.append(gpu_plan.Stream(gpu_inputs.pad_lines(scale), (1, config.rows), copies))
     factors = gpu_inputs.factors(x_scale, [scale[0] if group is None else None], out)
