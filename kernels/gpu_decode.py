@@ -99,8 +99,8 @@ class _Kernel:
         self.decoder, self.streams, self.num_tables, self.config = decoder, streams, num_tables, config
         self.shares, (self.tokens, self.rows), self.dtype, self.factors = shares, shape, dtype, factors
         self.token_tiles = pl.cdiv(self.tokens, config.tokens)
-        self.fragments = decoder.calls * decoder.fragments
-        stage = self.fragments * config.tokens * decoder.width * 2
+        self.columns = decoder.calls * decoder.fragments * decoder.width  # of a step
+        stage = config.tokens * self.columns * 2
         stage += sum(s.copies * s.bytes for s in streams)
         fixed = sum(math.prod(t.shape) * jnp.dtype(t.dtype).itemsize for t in decoder.shared())
         self.stages = min(config.stages, (SHARED - fixed) // stage)
@@ -118,9 +118,9 @@ class _Kernel:
         """Shared memory and barriers."""
         config, width = self.config, self.decoder.width
         swizzle = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))
-        inputs = plgpu.SMEM((self.stages, self.fragments, config.tokens, width), self.decoder.dtype, transforms=swizzle)
+        inputs = plgpu.SMEM((self.stages, config.tokens, self.columns), self.decoder.dtype, transforms=swizzle)
         codes = [plgpu.SMEM((self.stages, s.copies, *s.box), s.array.dtype) for s in self.streams]
-        copies = self.fragments + sum(s.copies for s in self.streams)
+        copies = 1 + sum(s.copies for s in self.streams)
         filled = plgpu.Barrier(num_arrivals=copies, num_barriers=self.stages)
         free = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=self.stages)
         return [inputs, codes, list(self.decoder.shared()), filled, free]
@@ -171,10 +171,8 @@ class _Kernel:
                 begin = self.decoder.source(number, copy, step, row)
                 source = ref.at[tuple(pl.ds(i, size) for i, size in zip(begin, stream.box, strict=True))]
                 plgpu.copy_gmem_to_smem(source, to.at[slot, copy], filled.at[slot])
-        for f in range(self.fragments):
-            columns = pl.ds(self.decoder.column(step, f), self.decoder.width)
-            source = x.at[pl.ds(token, self.config.tokens), columns]
-            plgpu.copy_gmem_to_smem(source, inputs.at[slot, f], filled.at[slot])
+        source = x.at[pl.ds(token, self.config.tokens), pl.ds(step * self.columns, self.columns)]
+        plgpu.copy_gmem_to_smem(source, inputs.at[slot], filled.at[slot])
 
     def _fill(self, tables, shared, group):
         if not shared:
@@ -220,7 +218,8 @@ class _Kernel:
             for call in range(decoder.calls):
                 for i, weight in enumerate(self._decode(call, [ref.at[slot] for ref in codes], shared, tables, place)):
                     f = call * decoder.fragments + i
-                    yield f, weight, inputs.at[slot, f].transpose((1, 0))
+                    columns = slice(f * decoder.width, (f + 1) * decoder.width)
+                    yield f, weight, inputs.at[slot, :, columns].transpose((1, 0))
 
         def unscaled(sums):
             @pl.loop(first, last)
@@ -247,7 +246,8 @@ class _Kernel:
                     plgpu.wgmma(part, weight, x)
                     return part[...]
 
-                scale = codes[-1].at[slot, f, :, pl.ds(inner, rows)]
+                copy, line = divmod(decoder.line(f), self.streams[-1].box[0])
+                scale = codes[-1].at[slot, copy, line, pl.ds(inner, rows)]
                 part = pl.run_scoped(product, kind)
                 self._wait(weight)
                 sums = self._add_scaled(sums, part, scale)

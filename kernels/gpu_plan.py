@@ -40,17 +40,17 @@ class BlockConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """What is read at each step of an array.
+    """What is read at each step of an array, by as few copies as possible: each costs the threads some time.
 
     Attributes:
-      array: [lines, elements], lines of a multiple of 16 bytes.
-      box: (lines, elements) of a copy, at most 256 each; copies follow each other in shared memory.
+      array: all strides but the last are multiples of 16 bytes.
+      box: sizes of a copy, at most 256 elements each; copies follow each other in shared memory.
       copies: per step.
     """
 
     array: jax.Array
-    box: tuple[int, int]
-    copies: int
+    box: tuple[int, ...]
+    copies: int = 1
 
     @property
     def bytes(self) -> int:
@@ -59,7 +59,7 @@ class Stream:
 
 
 class Decoder(Protocol):
-    """A format: how a step's codes become fragments.
+    """A format: how a step's codes become fragments, of consecutive columns.
 
     Attributes:
       dtype: of the fragments and of the inputs, 16 bits.
@@ -67,8 +67,8 @@ class Decoder(Protocol):
       calls: of `decode` per step.
       fragments: per call.
       width: columns of a fragment: 16, 32 or 64.
-      scaled: whether a fragment's sums are multiplied by the values of the last stream, a copy per fragment with one
-        for each output of a tile.
+      scaled: whether a fragment's sums are multiplied by values of the last stream, whose copies have lines with one for
+        each output of a tile.
     """
 
     dtype: Any
@@ -78,12 +78,12 @@ class Decoder(Protocol):
     width: int
     scaled: bool
 
-    def column(self, step: Any, fragment: int) -> Any:
-        """First of the inputs that fragment number call * fragments + i of a step multiplies."""
+    def source(self, stream: int, copy: int, step: Any, row: Any) -> tuple[Any, ...]:
+        """Where in a stream's array a copy begins, for a step and for a tile with a first output."""
         ...
 
-    def source(self, stream: int, copy: int, step: Any, row: Any) -> tuple[Any, Any]:
-        """First line and element of what a stream's copy brings for a step and for a tile with a first output."""
+    def line(self, fragment: int) -> int:
+        """Of the last stream: the line of a step with the scales of a fragment, number call * fragments + i."""
         ...
 
     def shared(self) -> Sequence[Any]:

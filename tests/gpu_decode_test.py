@@ -121,16 +121,16 @@ def emulate(x, streams, tables, decoder, *, out, config, factors, dtype):
         decoder.fill(r, tables, shared, r.thread() + np.uint32(first), 128 * config.warpgroups)
     x = np.asarray(x, np.float64)
     y = np.zeros((len(x), out))
-    columns = max(int(decoder.column(decoder.steps - 1, f)) for f in range(decoder.calls * decoder.fragments))
-    x = np.pad(x, ((0, 0), (0, max(0, columns + decoder.width - x.shape[1]))))
+    columns = decoder.calls * decoder.fragments * decoder.width
+    x = np.pad(x, ((0, 0), (0, max(0, decoder.steps * columns - x.shape[1]))))
     for tile in range(0, out, config.rows):
         for step in range(decoder.steps):
             for number, s in enumerate(streams):
                 for copy in range(s.copies):
-                    line, element = map(int, decoder.source(number, copy, step, tile))
+                    begin = decoder.source(number, copy, step, tile)
                     box = np.zeros(s.box, s.array.dtype)
-                    part = np.asarray(s.array)[line : line + s.box[0], element : element + s.box[1]]
-                    box[: part.shape[0], : part.shape[1]] = part
+                    part = np.asarray(s.array)[tuple(slice(i, i + size) for i, size in zip(begin, s.box, strict=True))]
+                    box[tuple(map(slice, part.shape))] = part
                     place = starts[number] + copy * s.bytes
                     r.memory[place : place + s.bytes] = box.reshape(-1).view(np.uint8)
             rows = 64 * config.blocks
@@ -141,12 +141,12 @@ def emulate(x, streams, tables, decoder, *, out, config, factors, dtype):
                 for call in range(decoder.calls):
                     for i, pairs in enumerate(decoder.decode(r, call, config.blocks, state)):
                         f = call * decoder.fragments + i
-                        column = int(decoder.column(step, f))
+                        column = step * columns + f * decoder.width
                         part = x[:, column : column + decoder.width] @ unpack(pairs, half).T
                         if decoder.scaled:
                             scale = np.asarray(streams[-1].array, np.float64)
-                            row = int(decoder.source(len(streams) - 1, f, step, 0)[0])
-                            scale = scale[row, first : first + rows] if row < len(scale) else np.zeros(rows)
+                            line = column // decoder.group
+                            scale = scale[line, first : first + rows] if line < len(scale) else np.zeros(rows)
                             part = part[:, : len(scale)] * scale
                         width = max(0, min(rows, out - first))
                         y[:, first : first + width] += part[:, :width]

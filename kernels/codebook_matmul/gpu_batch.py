@@ -22,22 +22,23 @@ _ENTRY_BYTES = 2 * _VECTOR
 _LINE = _ENTRY_BYTES * _COPIES  # bytes from an entry to the next
 _BOOK = _LINE * _ENTRIES  # bytes of a codebook's copies
 _ROWS, _WORDS = 4, 4  # rows of words of a set, words of a row and output
-_PIECE = 64  # outputs of a copy
-_ROW_BYTES = 4 * _WORDS * _PIECE
+_PIECE = 64  # outputs whose words of a row are as many as a copy may have side by side
 
 
 @dataclasses.dataclass(frozen=True)
 class AdditiveDecoder:
-    """Banked words uint32 [4 * sets, out * 4] and codebooks float16 [M * 256, 8], see `gpu_plan.Decoder`.
+    """Banked words uint32 [4 * sets, out / 64, 256] and codebooks float16 [M * 256, 8], see `gpu_plan.Decoder`.
 
     Attributes:
       count: M, codebooks.
       sets: of slots.
+      pieces: of 64 outputs of a tile, a power of two.
       calls: fragments of 64 columns per step, a divisor of those of a set; its codes are read anew for every step.
     """
 
     count: int
     sets: int
+    pieces: int
     calls: int
 
     dtype = jnp.float16
@@ -53,14 +54,14 @@ class AdditiveDecoder:
         """Steps of the whole weight."""
         return self.sets * self.parts
 
-    def column(self, step: Any, fragment: int) -> Any:
-        """First input of a fragment."""
-        return (step * self.calls + fragment) * self.width
+    def source(self, stream: int, copy: int, step: Any, row: Any) -> tuple[Any, ...]:
+        """The words of a step's set."""
+        del stream, copy
+        return step // self.parts * _ROWS, row // _PIECE, 0
 
-    def source(self, stream: int, copy: int, step: Any, row: Any) -> tuple[Any, Any]:
-        """The words of a step's set for 64 outputs."""
-        del stream
-        return step // self.parts * _ROWS, row * _WORDS + copy * _PIECE * _WORDS
+    def line(self, fragment: int) -> int:
+        """There are no scales."""
+        raise NotImplementedError
 
     def shared(self) -> Sequence[Any]:
         """The codebooks' copies."""
@@ -79,7 +80,7 @@ class AdditiveDecoder:
 
     def decode(self, r: gr.Registers, call: int, blocks: int, state: gpu_plan.Step) -> Sequence[gr.Pairs]:
         """One fragment: the entry of thread (., c) for half u is that of group 4 u + c, see `gpu_inputs.permute_columns`."""
-        thread = r.thread()
+        thread, row_bytes = r.thread(), self.pieces * _PIECE * 4 * _WORDS
         table = r.add(state.shared[0], r.times(r.mask(thread, _COPIES - 1), _ENTRY_BYTES))
         # The group of this thread in half 0; other halves, calls and codebooks differ from it in other bits of the slot.
         group = r.add(r.mask(thread, 3), r.times(r.mask(state.step, self.parts - 1), 8 * self.calls))
@@ -87,16 +88,14 @@ class AdditiveDecoder:
         for b in range(blocks):
             for h in range(2):
                 row = r.row(b, h)
-                piece = r.shift(r.add(state.inner, row), 6)
-                codes = r.add(state.streams[0], r.times(piece, _ROWS * _ROW_BYTES))
-                codes = r.add(codes, r.times(r.mask(row, _PIECE - 1), 4 * _WORDS))
+                codes = r.add(state.streams[0], r.times(r.add(state.inner, row), 4 * _WORDS))
                 turned = r.differ(group, r.mask(row, layout.LANES - 1))
-                turned = r.add(r.mask(turned, 15), r.times(r.shift(turned, 4), _ROW_BYTES))
+                turned = r.add(r.mask(turned, 15), r.times(r.shift(turned, 4), row_bytes))
                 for u in range(2):
                     entry = None
                     for m in range(self.count):
                         slot = m * (layout.SET // self.count) + 8 * call + 4 * u
-                        place = r.differ(turned, r.constant(slot % 16 + slot // 16 * _ROW_BYTES))
+                        place = r.differ(turned, r.constant(slot % 16 + slot // 16 * row_bytes))
                         code = r.load_byte(r.add(codes, place))
                         entry = self._add_entry(r, entry, r.add(table, r.times(code, _LINE)), m)
                     for j in range(4):
@@ -119,7 +118,7 @@ def _decoder(count: int, sets: int, config: gpu_plan.BlockConfig) -> AdditiveDec
         if count * _BOOK + 3 * stage <= gpu_plan.SHARED:
             break
         calls //= 2
-    return AdditiveDecoder(count, sets, calls)
+    return AdditiveDecoder(count, sets, config.rows // _PIECE, calls)
 
 
 def decode_matmul(
@@ -151,7 +150,8 @@ def decode_matmul(
     books, book_scale = gpu_inputs.as_half(books.reshape(1, -1))
     x, x_scale = gpu_inputs.as_half(x)
     x = gpu_inputs.permute_columns(x)
-    stream = gpu_plan.Stream(words.reshape(lines, -1), (_ROWS, _PIECE * _WORDS), config.rows // _PIECE)
+    words = jnp.pad(words, ((0, 0), (0, -out % _PIECE), (0, 0))).reshape(lines, -1, _PIECE * _WORDS)
+    stream = gpu_plan.Stream(words, (_ROWS, decoder.pieces, _PIECE * _WORDS))
     books = books.reshape(-1, _VECTOR)
     factors = gpu_inputs.factors(x_scale, [row_scale, None if book_scale is None else book_scale[0]], out)
     return gpu_decode.matmul(x, [stream], [books], decoder, out=out, config=config, factors=factors, dtype=dtype)

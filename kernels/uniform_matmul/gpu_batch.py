@@ -58,22 +58,26 @@ class _TileDecoder:
         """Steps of the whole weight."""
         return self.blocks * tiles.WARPS // self.calls
 
-    def column(self, step: Any, fragment: int) -> Any:
-        """First input of a fragment."""
-        return step * (self.calls * tiles.chunk_columns(self.bits)) + fragment * self.width
+    @property
+    def columns(self) -> int:
+        """Of a step."""
+        return self.calls * tiles.chunk_columns(self.bits)
 
-    def source(self, stream: int, copy: int, step: Any, row: Any) -> tuple[Any, Any]:
-        """The words of a load of a chunk."""
-        del stream
-        chunk, load = step * self.calls + copy // self.loads, copy % self.loads
-        words = 32 * tiles.load_words(self.bits)
-        place = (chunk // tiles.WARPS * self.loads + load) * tiles.WARPS + chunk % tiles.WARPS
-        return row // tiles.ROWS, place * words
+    def source(self, stream: int, copy: int, step: Any, row: Any) -> tuple[Any, ...]:
+        """The words of a step."""
+        del stream, copy
+        parts = tiles.WARPS // self.calls  # steps of a block
+        return row // tiles.ROWS, step // parts, 0, step % parts * self.calls, 0
 
     def stream(self, words: jax.Array) -> gpu_plan.Stream:
         """Words in tiles as the first stream."""
-        box = self.rows // tiles.ROWS, 32 * tiles.load_words(self.bits)
-        return gpu_plan.Stream(words.reshape(len(words), -1), box, self.calls * self.loads)
+        side = tiles.load_words(self.bits)
+        words = words.reshape(*words.shape[:2], self.loads, tiles.WARPS, 32 * side)
+        return gpu_plan.Stream(words, (self.rows // tiles.ROWS, 1, self.loads, self.calls, 32 * side))
+
+    def line(self, fragment: int) -> int:
+        """There are no scales."""
+        raise NotImplementedError
 
     def shared(self) -> Sequence[Any]:
         """Nothing."""
@@ -85,15 +89,15 @@ class _TileDecoder:
     def _words(self, r: gr.Registers, call: int, blocks: int, state: gpu_plan.Step) -> list[list[list[Any]]]:
         """Words of a thread for a chunk: [block][h]."""
         side, words = tiles.load_words(self.bits), []
-        line = 32 * 4 * side  # bytes of a tile's load
+        load = 32 * 4 * side  # bytes of a chunk
+        tile = load * self.loads * self.calls
         warp, lane = r.shift(r.thread(), 5), r.mask(r.thread(), 31)
-        start = r.add(state.streams[0], r.add(r.times(lane, 4 * side), r.times(warp, line)))
-        start = r.add(start, r.times(state.inner, line // tiles.ROWS))
+        start = r.add(state.streams[0], r.add(r.times(lane, 4 * side), r.times(warp, tile)))
+        start = r.add(start, r.times(state.inner, tile // tiles.ROWS))
         for b in range(blocks):
             mine = []
-            for load in range(self.loads):
-                copy = call * self.loads + load
-                mine += r.load(start, side, (copy * self.rows // tiles.ROWS + b * tiles.WARPS) * line)
+            for i in range(self.loads):
+                mine += r.load(start, side, b * tiles.WARPS * tile + (i * self.calls + call) * load)
             words.append([mine[: len(mine) // 2], mine[len(mine) // 2 :]])
         return words
 
@@ -111,22 +115,36 @@ class UniformDecoder(_TileDecoder):
     """Words in tiles, perhaps zeros uint8 [groups, out] and scales [groups, out].
 
     Attributes:
-      group: columns that share a zero and a scale, None for all.
+      group: columns that share a zero and a scale.
       has_zero: if not, zero is 2**(bits - 1).
       scaled: whether there are scales.
       dtype: float16 or bfloat16.
     """
 
-    group: int | None
+    group: int
     has_zero: bool
     scaled: bool
     dtype: Any
 
-    def source(self, stream: int, copy: int, step: Any, row: Any) -> tuple[Any, Any]:
-        """The words of a load of a chunk, or a fragment's group."""
+    def source(self, stream: int, copy: int, step: Any, row: Any) -> tuple[Any, ...]:
+        """The words of a step, or the lines of its groups."""
         if stream == 0:
             return super().source(stream, copy, step, row)
-        return 0 if self.group is None else self.column(step, copy) // self.group, row
+        return (step * self.columns + copy * self.width) // self.group, row
+
+    def line(self, fragment: int) -> int:
+        """Of a fragment's group among those of a step: all are copied at once, unless that depends on the step."""
+        return fragment * self.width // self.group if self._aligned else fragment
+
+    @property
+    def _aligned(self) -> bool:
+        return self.columns % self.group == 0 or self.group % self.columns == 0
+
+    def lines(self, array: jax.Array) -> gpu_plan.Stream:
+        """Zeros or scales [groups, out] as a stream."""
+        fragments = self.calls * self.fragments
+        count, copies = (self.line(fragments - 1) + 1, 1) if self._aligned else (1, fragments)
+        return gpu_plan.Stream(gpu_inputs.pad_lines(array), (count, self.rows), copies)
 
     def decode(self, r: gr.Registers, call: int, blocks: int, state: gpu_plan.Step) -> Sequence[gr.Pairs]:
         """The fragments of a chunk."""
@@ -134,7 +152,7 @@ class UniformDecoder(_TileDecoder):
         numbers = [[[self._number(r, x) for x in self._codes(r, mine)] for mine in rows] for rows in words]
         fragments = self._fragments(numbers)
         for f, fragment in enumerate(fragments):
-            zeros = self._zeros(r, blocks, state, call * self.fragments + f if self.group else 0)
+            zeros = self._zeros(r, blocks, state, self.line(call * self.fragments + f))
             for b, k, h in np.ndindex(blocks, len(fragment[0]), 2):
                 fragment[b][k][h] = self._subtract(r, fragment[b][k][h], zeros[b][h])
         return fragments
@@ -160,11 +178,11 @@ class UniformDecoder(_TileDecoder):
     def _subtract(self, r: gr.Registers, a: Any, b: Any) -> Any:
         return r.packed("sub.rn.bf16x2" if self.dtype == jnp.bfloat16 else "sub.f16x2", a, b)
 
-    def _zeros(self, r: gr.Registers, blocks: int, state: gpu_plan.Step, copy: int) -> list[list[Any]]:
+    def _zeros(self, r: gr.Registers, blocks: int, state: gpu_plan.Step, line: int) -> list[list[Any]]:
         """What is subtracted from the numbers of the thread's rows, twice each: [block][h]."""
         if not self.has_zero:
             return [[self._number(r, r.constant(2 ** (self.bits - 1) * _PAIR))] * 2] * blocks
-        start = r.add(state.streams[1], r.add(state.inner, r.constant(copy * self.rows)))
+        start = r.add(state.streams[1], r.add(state.inner, r.constant(line * self.rows)))
         codes = [[r.load_byte(r.add(start, r.row(b, h))) for h in range(2)] for b in range(blocks)]
         return [[self._number(r, r.times(code, _PAIR)) for code in rows] for rows in codes]
 
@@ -253,29 +271,19 @@ def uniform_matmul(
       config: sizes, by default from `gpu_plan.block_config`.
     """
     (groups, out), columns = scale.shape, x.shape[1]
-    group = None if groups == 1 else columns // groups
-    config = config or gpu_plan.block_config(len(x), scaled=group is not None)
+    scaled = groups > 1
+    config = config or gpu_plan.block_config(len(x), scaled=scaled)
     x, x_scale = (x, None) if x.dtype == jnp.bfloat16 else gpu_inputs.as_half(x)
-    width = math.gcd(min(_WIDTH, tiles.chunk_columns(bits)), group or _WIDTH)
-    decoder = UniformDecoder(
-        bits,
-        words.shape[1],
-        config.rows,
-        _calls(bits, config),
-        width,
-        group,
-        zero is not None,
-        group is not None,
-        x.dtype,
-    )
-    streams, copies = [decoder.stream(words)], decoder.calls * decoder.fragments if group else 1
+    blocks, calls = words.shape[1], _calls(bits, config)
+    group = columns // groups if scaled else blocks * tiles.block_columns(bits)
+    width = math.gcd(_WIDTH, tiles.chunk_columns(bits), group)
+    decoder = UniformDecoder(bits, blocks, config.rows, calls, width, group, zero is not None, scaled, x.dtype)
+    streams = [decoder.stream(words)]
     if zero is not None:
-        streams.append(
-            gpu_plan.Stream(gpu_inputs.pad_lines(gpu_inputs.unpack(zero, bits, out)), (1, config.rows), copies)
-        )
-    if group is not None:
-        streams.append(gpu_plan.Stream(gpu_inputs.pad_lines(scale), (1, config.rows), copies))
-    factors = gpu_inputs.factors(x_scale, [scale[0] if group is None else None], out)
+        streams.append(decoder.lines(gpu_inputs.unpack(zero, bits, out)))
+    if scaled:
+        streams.append(decoder.lines(scale))
+    factors = gpu_inputs.factors(x_scale, [None if scaled else scale[0]], out)
     x = gpu_inputs.permute_columns(x)
     return gpu_decode.matmul(x, streams, [], decoder, out=out, config=config, factors=factors, dtype=dtype)
 
