@@ -1,4 +1,4 @@
-"""What a thread of a GPU does with pairs of float16 numbers in 32-bit registers, beside what `gpu_threads` has.
+"""What a thread of a GPU does with words of bytes and of pairs of float16 numbers, beside what `gpu_threads` has.
 
 As there, every function emits code at the current insertion point, and a Python integer is a constant.
 """
@@ -40,6 +40,16 @@ def shift_right(a: Int, b: Int) -> ir.Value:
     return arith.shrui(i32(a), i32(b))
 
 
+def shift_right_signed(a: Int, b: int) -> ir.Value:
+    """Right shift of an integer with a sign."""
+    return arith.shrsi(i32(a), i32(b)) if b else i32(a)
+
+
+def signed(bits: int) -> int:
+    """The constant with these 32 bits."""
+    return bits - (bits >> 31 << 32)
+
+
 def pair(value: float) -> int:
     """Bits of two equal numbers, which must be float16 numbers."""
     half = np.float16(value)
@@ -73,6 +83,16 @@ def mma(a: Sequence[ir.Value], b: Sequence[ir.Value], c: Sequence[ir.Value]) -> 
     """
     ptx = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
     return list(utils.inline_ptx(ptx, *a, *b, *c, result_types=[ir.F32Type.get()] * 4))
+
+
+def mma_bytes(a: Sequence[ir.Value], b: Sequence[ir.Value], c: Sequence[ir.Value]) -> list[ir.Value]:
+    """A warp's product [16, 32] @ [32, 8] + [16, 8] on the matrix unit: bytes, without sign and with, and integers.
+
+    With g, t = lane // 4, lane % 4, a thread holds fours of bytes a = A[g, 4t:], A[g + 8, 4t:], A[g, 4t + 16:],
+    A[g + 8, 4t + 16:], b = B[4t:, g], B[4t + 16:, g] and c as in `mma`.
+    """
+    ptx = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+    return list(utils.inline_ptx(ptx, *a, *b, *c, result_types=[word()] * 4))
 
 
 def stream(address: ir.Value, count: int) -> list[ir.Value]:
@@ -125,6 +145,16 @@ def _elements(vector: ir.Value) -> list[ir.Value]:
     return [utils.vector.extract(vector, dynamic_position=[], static_position=[i]) for i in range(count)]
 
 
+def store_byte(x: ir.Value, address: ir.Value) -> None:
+    """Writes the lowest byte of a word."""
+    llvm.store(arith.trunci(ir.IntegerType.get_signless(8), x), address)
+
+
+def float_from(x: ir.Value) -> ir.Value:
+    """The nearest float32 number to an integer with a sign."""
+    return arith.sitofp(ir.F32Type.get(), x)
+
+
 def float32(x: ir.Value) -> ir.Value:
     """A number as float32."""
     return x if x.type == ir.F32Type.get() else arith.extf(ir.F32Type.get(), x)
@@ -166,9 +196,9 @@ def most_of_warp(x: ir.Value) -> ir.Value:
     return utils.inline_ptx(ptx, x, result_types=word(), has_side_effects=True, convergent=True)
 
 
-def of_neighbour(x: ir.Value) -> ir.Value:
-    """The number of the thread whose index differs in the last bit."""
-    return utils.shfl_bfly(x, 1)
+def of_neighbour(x: ir.Value, distance: int) -> ir.Value:
+    """The number of the thread whose index differs in one bit."""
+    return utils.shfl_bfly(x, distance)
 
 
 def loop(count: Int, body: Any, carry: Any) -> Any:

@@ -65,7 +65,7 @@ def _product(arrays: dict[str, jax.Array | None], dtype: Any, config: BlockConfi
     dtypes = {"x": x.dtype, "y": jnp.dtype(dtype)} | {name: array.dtype for name, array in given.items()}
     sizes |= {"columns": x.shape[1], "blocks": given["words"].shape[1], "dtypes": dtypes}
     plan = functools.partial(Plan, config or BlockConfig(), parts=2 if x.dtype == jnp.float32 else 1, **sizes)
-    limit = MOST_ROWS // plan(tokens=1).parts
+    limit = MOST_ROWS // plan(tokens=1).parts if plan(tokens=1).table else MOST_ROWS
     most = next(n for n in range(limit, 0, -1) if n == 1 or plan(tokens=n).shared_bytes() <= SHARED_BYTES)
     chunk = -(-len(x) // -(-len(x) // most))
     results = []

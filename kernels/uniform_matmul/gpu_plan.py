@@ -35,7 +35,7 @@ class Plan:
       config: division of the work.
       bits: of a code.
       tokens: at most MOST_ROWS / parts.
-      parts: rows of inputs per token.
+      parts: float16 numbers that make an input, with tables.
       columns: of x, a multiple of 8.
       out: outputs.
       blocks: of the words, along the columns.
@@ -108,12 +108,22 @@ class Plan:
     @property
     def rows(self) -> int:
         """Rows of inputs."""
-        return self.tokens * self.parts
+        return self.tokens * (self.parts if self.table else 3)
+
+    @property
+    def slots(self) -> int:
+        """Products of the matrix unit that all tokens need on a grid, a power of two."""
+        return 1 << (-(-self.tokens // 2) - 1).bit_length()
+
+    @property
+    def values(self) -> int:
+        """Numbers that each thread adds to the sums of a tile."""
+        return 4 // self.parts if self.table else 2 * self.slots
 
     @property
     def stride(self) -> int:
-        """Inputs from one row to the next; 64 bytes more than whole lines, so that no two rows meet in a bank."""
-        return self.padded + 32
+        """Bytes from one row of inputs to the next; 64 more than whole lines, so that no two rows meet in a bank."""
+        return self.padded * (2 if self.table else 1) + 64
 
     def size(self, name: str) -> int:
         """Bytes of an element."""
@@ -122,10 +132,10 @@ class Plan:
     def scratch(self) -> dict[str, tuple[int, Any]]:
         """Shared memory: inputs, what they were divided by, the warps' largest, the warps' sums and tables, both twice."""
         memory = {
-            "inputs": (self.rows * self.stride, jnp.float16),
+            "inputs": (self.rows * self.stride, jnp.uint8),
             "factors": (MOST_ROWS, jnp.float32),
             "largest": (self.tokens * self.warps, jnp.uint32),
-            "sums": (2 * self.warps * WARPGROUP, jnp.float32),
+            "sums": (2 * self.warps * 32 * self.values, jnp.float32),
         }
         if self.table:
             memory["tables"] = (2 * 4**self.bits * PAIR_BYTES // 4, jnp.uint32)
