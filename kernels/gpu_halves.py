@@ -196,9 +196,9 @@ def most_of_warp(x: ir.Value) -> ir.Value:
     return utils.inline_ptx(ptx, x, result_types=word(), has_side_effects=True, convergent=True)
 
 
-def of_neighbour(x: ir.Value, distance: int) -> ir.Value:
-    """The number of the thread whose index differs in one bit."""
-    return utils.shfl_bfly(x, distance)
+def of_neighbour(x: ir.Value) -> ir.Value:
+    """The number of the thread whose index differs in the last bit."""
+    return utils.shfl_bfly(x, 1)
 
 
 def loop(count: Int, body: Any, carry: Any) -> Any:

@@ -160,8 +160,8 @@ class Threads:
     def most_of_warp(self, x):
         return np.repeat(x.reshape(-1, 32).max(1), 32)
 
-    def of_neighbour(self, x, distance):
-        return x[np.arange(self.count) ^ distance]
+    def of_neighbour(self, x):
+        return x.reshape(-1, 2)[:, ::-1].reshape(-1)
 
     def thread_index(self):
         return np.arange(self.count, dtype=np.uint32)

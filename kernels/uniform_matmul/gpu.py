@@ -29,15 +29,20 @@ def _kernel(*refs, plan: Plan, names: tuple[str, ...]):
     block = lax.axis_index("block")
     scalar = plgpu.Layout.WG_SPLAT(())
 
-    @plgpu.inline_mgpu(arg_types=(scalar,) + (plgpu.RefType(),) * len(refs))
-    def thread(_, block, *refs):
-        addresses = dict(zip(names, map(t.pointer, refs), strict=True))
-        gpu_thread.Thread(plan, block.registers.item(), addresses).run()
+    def on_threads(program):
+        @plgpu.inline_mgpu(arg_types=(scalar,) + (plgpu.RefType(),) * len(refs))
+        def thread(_, block, *refs):
+            addresses = dict(zip(names, map(t.pointer, refs), strict=True))
+            program(gpu_thread.Thread(plan, block.registers.item(), addresses))
 
-    # The next kernel may start while this one runs; this one touches nothing before the one before has ended.
+        thread(block, *refs)
+
+    # The next kernel may start while this one runs; this one reads and writes nothing before the one before has ended.
     plgpu.griddepcontrol_launch_dependents()
+    if plan.config.early:
+        on_threads(gpu_thread.Thread.prefetch)
     plgpu.griddepcontrol_wait()
-    thread(block, *refs)
+    on_threads(gpu_thread.Thread.run)
 
 
 def _call(plan: Plan, arrays: dict[str, jax.Array]) -> jax.Array:

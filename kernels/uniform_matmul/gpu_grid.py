@@ -68,7 +68,7 @@ class Grid:
     def zeros(self) -> Any:
         """Sums of nothing: for whole rows integers, by place and slots; for groups numbers, of both rows."""
         if self.plan.groups > 1:
-            return [t.number(0.0)] * self.plan.values
+            return [t.number(0.0)] * (2 * self.plan.slots)
         return self.integers()
 
     def integers(self) -> list[list[list[Any]]]:
@@ -203,15 +203,23 @@ class Grid:
         return values
 
     def collect(self, sums: Any, rows: list[dict[str, Any]]) -> list[Any]:
-        """The values of this thread that are added up over all warps."""
-        return sums if self.plan.groups > 1 else self.numbers(sums, self.input_sums, self.zero_points(rows))
+        """The values of this thread that are added up over all warps, one per slot.
 
-    def join(self, value: Any, lane: Any, number: Any) -> tuple[Any, Any, Any, Any]:
-        """Of a lane's value by number: the sum, whether it is this thread's to write, its row in the tile and token."""
-        value = t.fadd(value, h.of_neighbour(value, self.plan.values))  # the lane with the other digits
-        row = t.add(h.shift_right(lane, 2), t.mul(t.bits_and(number, 1), 8))
-        token = t.add(t.mul(h.shift_right(number, 1), SLOTS), t.bits_and(h.shift_right(lane, 1), 1))
-        return value, h.equal(t.bits_and(lane, 1), 0), row, token
+        Two lanes have the digits of both rows; the second lane goes on with the second row.
+        """
+        if self.plan.groups == 1:
+            sums = self.numbers(sums, self.input_sums, self.zero_points(rows))
+        second = h.equal(t.bits_and(self.column, 1), 1)
+        values = []
+        for first_row, second_row in zip(sums[::2], sums[1::2], strict=True):
+            given = h.of_neighbour(t.select(second, first_row, second_row))
+            values.append(t.fadd(t.select(second, second_row, first_row), given))
+        return values
+
+    def owner(self, lane: Any, number: Any) -> tuple[Any, Any]:
+        """Row in the tile and token of a value by its lane and number."""
+        row = t.add(h.shift_right(lane, 2), t.mul(t.bits_and(lane, 1), 8))
+        return row, t.add(t.mul(number, SLOTS), t.bits_and(h.shift_right(lane, 1), 1))
 
     def write_inputs(self, token: int, start: Any, values: list[Any]) -> None:
         """Writes consecutive inputs, multiplied by the power of two, as digits."""

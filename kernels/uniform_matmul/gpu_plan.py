@@ -21,10 +21,12 @@ class BlockConfig:
     Attributes:
       warpgroups: of a block of threads; they divide the columns.
       ahead: blocks of codes that a thread has on their way, at most.
+      early: fetch the first codes into the second cache before the kernel before has ended.
     """
 
     warpgroups: int = 4
     ahead: int = 8
+    early: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Plan:
     @property
     def values(self) -> int:
         """Numbers that each thread adds to the sums of a tile."""
-        return 4 // self.parts if self.table else 2 * self.slots
+        return 4 // self.parts if self.table else self.slots
 
     @property
     def stride(self) -> int:

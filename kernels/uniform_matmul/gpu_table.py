@@ -102,12 +102,11 @@ class Table:
         """The values of this thread that are added up over all warps."""
         return sums if self.plan.parts == 1 else [t.fadd(sums[0], sums[1]), t.fadd(sums[2], sums[3])]
 
-    def join(self, value: Any, lane: Any, number: Any) -> tuple[Any, Any, Any, Any]:
-        """Of a lane's value by number: the sum, whether it is this thread's to write, its row in the tile and token."""
+    def owner(self, lane: Any, number: Any) -> tuple[Any, Any]:
+        """Row in the tile and token of a value by its lane and number."""
         tokens = 2 // self.plan.parts
         row = t.add(h.shift_right(lane, 2), t.mul(t.div(number, tokens), 8))
-        token = t.add(t.mul(t.bits_and(lane, 3), tokens), t.rem(number, tokens))
-        return value, h.equal(0, 0), row, token
+        return row, t.add(t.mul(t.bits_and(lane, 3), tokens), t.rem(number, tokens))
 
     def write_inputs(self, token: int, start: Any, values: list[Any]) -> None:
         """Writes consecutive inputs, multiplied by the power of two, as float16."""

@@ -91,6 +91,23 @@ class Thread:
         block = t.add(t.mul(turn, self.plan.steps * groups), self.warpgroup, step * groups)
         return block, t.add(t.mul(block, tiles.WARPS), t.bits_and(self.warp, tiles.WARPS - 1))
 
+    def words(self, tile: Any, block: Any) -> list[Any]:
+        """Addresses of this thread's loads of a block."""
+        side = tiles.load_words(self.plan.bits)
+        count, size = tiles.thread_words(self.plan.bits) // side, 4 * side * WARPGROUP
+        address = t.at(self.refs["words"], t.mul(t.add(t.mul(tile, self.plan.blocks), block), count * size))
+        address = t.at(address, t.mul(t.bits_and(self.thread, WARPGROUP - 1), 4 * side))
+        return [t.at(address, i * size) for i in range(count)]
+
+    def prefetch(self) -> None:
+        """Fetches the first codes into the second cache."""
+        tile, turn = self.place(h.i32(0))
+        with t.when(h.equal(t.bits_and(self.thread, 7), 0)):  # a line is 128 bytes, or 64 of codes of 3 bits
+            for step in range(self.plan.steps):
+                block, _ = self.chunk(turn, step)
+                for address in self.words(tile, t.least(block, self.plan.blocks - 1)):
+                    h.prefetch(address)
+
     def load_rows(self, index: Any) -> list[Any]:
         """Zero points of whole rows."""
         return self.grid.load_rows(self.place(index)[0]) if self.grid and self.plan.groups == 1 else []
@@ -103,10 +120,7 @@ class Thread:
         if plan.repeats:
             block = t.least(block, plan.blocks - 1)
         side = tiles.load_words(plan.bits)
-        count, size = tiles.thread_words(plan.bits) // side, 4 * side * WARPGROUP
-        address = t.at(self.refs["words"], t.mul(t.add(t.mul(tile, plan.blocks), block), count * size))
-        address = t.at(address, t.mul(t.bits_and(self.thread, WARPGROUP - 1), 4 * side))
-        words = [word for i in range(count) for word in h.stream(t.at(address, i * size), side)]
+        words = [word for address in self.words(tile, block) for word in h.stream(address, side)]
         segments = []
         if plan.groups > 1:
             for start in range(0, plan.width, plan.segment):
@@ -170,10 +184,9 @@ class Thread:
         address = t.at(all_sums, t.mul(t.least(place, size - 1), 4))
         parts = [t.load(t.at(address, 4 * size * warp), jnp.float32)[0] for warp in range(plan.warps)]
         value = functools.reduce(t.fadd, parts)
-        value, mine, row, token = self.weights.join(value, t.div(place, plan.values), t.rem(place, plan.values))
+        row, token = self.weights.owner(t.div(place, plan.values), t.rem(place, plan.values))
         row = t.add(t.mul(self.place(index)[0], tiles.ROWS), row)
-        mine = t.both(t.both(mine, t.less(place, size)), t.both(t.less(row, plan.out), t.less(token, plan.tokens)))
-        with t.when(mine):
+        with t.when(t.both(t.less(place, size), t.both(t.less(row, plan.out), t.less(token, plan.tokens)))):
             self.write(value, token, row)
 
     def write(self, value: Any, token: Any, row: Any) -> None:
