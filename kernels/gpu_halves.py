@@ -1,4 +1,4 @@
-"""What a thread of a GPU does with pairs of float16 numbers in 32-bit registers, beside what `gpu_threads` has.
+"""What a thread of a GPU does with words of bytes and of pairs of float16 numbers, beside what `gpu_threads` has.
 
 As there, every function emits code at the current insertion point, and a Python integer is a constant.
 """
@@ -40,6 +40,16 @@ def shift_right(a: Int, b: Int) -> ir.Value:
     return arith.shrui(i32(a), i32(b))
 
 
+def shift_right_signed(a: Int, b: int) -> ir.Value:
+    """Right shift of an integer with a sign."""
+    return arith.shrsi(i32(a), i32(b)) if b else i32(a)
+
+
+def signed(bits: int) -> int:
+    """The constant with these 32 bits."""
+    return bits - (bits >> 31 << 32)
+
+
 def pair(value: float) -> int:
     """Bits of two equal numbers, which must be float16 numbers."""
     half = np.float16(value)
@@ -75,11 +85,23 @@ def mma(a: Sequence[ir.Value], b: Sequence[ir.Value], c: Sequence[ir.Value]) -> 
     return list(utils.inline_ptx(ptx, *a, *b, *c, result_types=[ir.F32Type.get()] * 4))
 
 
-def stream(address: ir.Value, count: int) -> list[ir.Value]:
-    """Two or four words of global memory that are read once: not kept in the first cache."""
+def mma_bytes(a: Sequence[ir.Value], b: Sequence[ir.Value], c: Sequence[ir.Value]) -> list[ir.Value]:
+    """A warp's product [16, 32] @ [32, 8] + [16, 8] on the matrix unit: bytes, without sign and with, and integers.
+
+    With g, t = lane // 4, lane % 4, a thread holds fours of bytes a = A[g, 4t:], A[g + 8, 4t:], A[g, 4t + 16:],
+    A[g + 8, 4t + 16:], b = B[4t:, g], B[4t + 16:, g] and c as in `mma`.
+    """
+    ptx = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+    return list(utils.inline_ptx(ptx, *a, *b, *c, result_types=[word()] * 4))
+
+
+def stream_if(condition: ir.Value, address: ir.Value, count: int) -> list[ir.Value]:
+    """Two or four words of global memory that are read once: not kept in the first cache; else anything."""
     results = ",".join(f"${i}" for i in range(count))
-    ptx = f"ld.global.nc.L1::no_allocate.v{count}.b32 {{{results}}}, [${count}];"
-    return list(utils.inline_ptx(ptx, address, result_types=[word()] * count, has_side_effects=True))
+    ptx = f"@p ld.global.nc.L1::no_allocate.v{count}.b32 {{{results}}}, [${count}];"
+    ptx = f"{{.reg .pred p; setp.ne.u32 p, ${count + 1}, 0; {ptx}}}"
+    number = arith.extui(word(), condition)
+    return list(utils.inline_ptx(ptx, address, number, result_types=[word()] * count, has_side_effects=True))
 
 
 def prefetch(address: ir.Value) -> None:
@@ -123,6 +145,16 @@ def store_together(values: Sequence[ir.Value], address: ir.Value) -> None:
 def _elements(vector: ir.Value) -> list[ir.Value]:
     count = ir.VectorType(vector.type).shape[0]
     return [utils.vector.extract(vector, dynamic_position=[], static_position=[i]) for i in range(count)]
+
+
+def store_byte(x: ir.Value, address: ir.Value) -> None:
+    """Writes the lowest byte of a word."""
+    llvm.store(arith.trunci(ir.IntegerType.get_signless(8), x), address)
+
+
+def float_from(x: ir.Value) -> ir.Value:
+    """The nearest float32 number to an integer with a sign."""
+    return arith.sitofp(ir.F32Type.get(), x)
 
 
 def float32(x: ir.Value) -> ir.Value:

@@ -39,7 +39,7 @@ def in_numpy(monkeypatch):
 
     def call(plan, arrays):
         threads = Threads(32 * plan.warps)
-        for module in ("gpu_thread", "gpu_weights"):
+        for module in ("gpu_thread", "gpu_grid", "gpu_table"):
             for name in "th":
                 monkeypatch.setattr(f"jaxquant.kernels.uniform_matmul.{module}.{name}", threads)
         memory = {name: np.array(array).reshape(-1).view(np.uint8) for name, array in arrays.items()}

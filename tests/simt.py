@@ -131,6 +131,32 @@ class Threads:
         parts = [product[:, i // 2, :, :, i % 2].reshape(-1).astype(np.float32) for i in range(4)]
         return [old + new for old, new in zip(c, parts, strict=True)]
 
+    def mma_bytes(self, a, b, c):
+        warps = self.count // 32
+
+        def fours(x, kind):
+            return np.ascontiguousarray(self.i32(x)).view(kind).reshape(warps, 8, 16).astype(np.int64)
+
+        flat = [fours(x, np.uint8) for x in a]
+        left = np.concatenate([np.concatenate(flat[i::2], axis=2) for i in range(2)], axis=1)
+        right = np.concatenate([fours(x, np.int8) for x in b], axis=2)
+        product = (left @ right.transpose(0, 2, 1)).reshape(warps, 2, 8, 4, 2)
+        parts = [product[:, i // 2, :, :, i % 2].reshape(-1).astype(np.int32).view(np.uint32) for i in range(4)]
+        return [old + new for old, new in zip(c, parts, strict=True)]
+
+    def shift_right_signed(self, a, b):
+        return (self.i32(a).view(np.int32) >> np.int32(b)).view(np.uint32)
+
+    @staticmethod
+    def signed(bits):
+        return bits - (bits >> 31 << 32)
+
+    def float_from(self, x):
+        return x.view(np.int32).astype(np.float32)
+
+    def store_byte(self, x, address):
+        self.store_together([x.astype(np.uint8)], address)
+
     def most_of_warp(self, x):
         return np.repeat(x.reshape(-1, 32).max(1), 32)
 
@@ -185,8 +211,9 @@ class Threads:
     def load_words(self, address, count=1):
         return list(self.fetch(address, np.uint32, count).T)
 
-    def stream(self, address, count):
-        return self.load_words(address, count)
+    def stream_if(self, condition, address, count):
+        with self.when(condition):
+            return [np.where(condition, x, np.uint32(0xABADCAFE)) for x in self.load_words(address, count)]
 
     def load_words_if(self, condition, address):
         with self.when(condition):

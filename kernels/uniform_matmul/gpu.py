@@ -29,15 +29,20 @@ def _kernel(*refs, plan: Plan, names: tuple[str, ...]):
     block = lax.axis_index("block")
     scalar = plgpu.Layout.WG_SPLAT(())
 
-    @plgpu.inline_mgpu(arg_types=(scalar,) + (plgpu.RefType(),) * len(refs))
-    def thread(_, block, *refs):
-        addresses = dict(zip(names, map(t.pointer, refs), strict=True))
-        gpu_thread.Thread(plan, block.registers.item(), addresses).run()
+    def on_threads(program):
+        @plgpu.inline_mgpu(arg_types=(scalar,) + (plgpu.RefType(),) * len(refs))
+        def thread(_, block, *refs):
+            addresses = dict(zip(names, map(t.pointer, refs), strict=True))
+            program(gpu_thread.Thread(plan, block.registers.item(), addresses))
 
-    # The next kernel may start while this one runs; this one touches nothing before the one before has ended.
+        thread(block, *refs)
+
+    # The next kernel may start while this one runs; this one reads and writes nothing before the one before has ended.
     plgpu.griddepcontrol_launch_dependents()
+    if plan.config.early:
+        on_threads(gpu_thread.Thread.prefetch)
     plgpu.griddepcontrol_wait()
-    thread(block, *refs)
+    on_threads(gpu_thread.Thread.run)
 
 
 def _call(plan: Plan, arrays: dict[str, jax.Array]) -> jax.Array:
@@ -65,7 +70,7 @@ def _product(arrays: dict[str, jax.Array | None], dtype: Any, config: BlockConfi
     dtypes = {"x": x.dtype, "y": jnp.dtype(dtype)} | {name: array.dtype for name, array in given.items()}
     sizes |= {"columns": x.shape[1], "blocks": given["words"].shape[1], "dtypes": dtypes}
     plan = functools.partial(Plan, config or BlockConfig(), parts=2 if x.dtype == jnp.float32 else 1, **sizes)
-    limit = MOST_ROWS // plan(tokens=1).parts
+    limit = MOST_ROWS // plan(tokens=1).parts if plan(tokens=1).table else MOST_ROWS
     most = next(n for n in range(limit, 0, -1) if n == 1 or plan(tokens=n).shared_bytes() <= SHARED_BYTES)
     chunk = -(-len(x) // -(-len(x) // most))
     results = []

@@ -21,10 +21,12 @@ class BlockConfig:
     Attributes:
       warpgroups: of a block of threads; they divide the columns.
       ahead: blocks of codes that a thread has on their way, at most.
+      early: fetch the first codes into the second cache before the kernel before has ended.
     """
 
     warpgroups: int = 4
     ahead: int = 8
+    early: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Plan:
       config: division of the work.
       bits: of a code.
       tokens: at most MOST_ROWS / parts.
-      parts: rows of inputs per token.
+      parts: float16 numbers that make an input, with tables.
       columns: of x, a multiple of 8.
       out: outputs.
       blocks: of the words, along the columns.
@@ -72,7 +74,7 @@ class Plan:
 
     @property
     def own(self) -> int:
-        """Blocks of a warpgroup, at most; beyond the last one, the last one meets inputs of zero."""
+        """Blocks of a warpgroup, at most."""
         return -(-self.blocks // self.config.warpgroups)
 
     @property
@@ -84,6 +86,11 @@ class Plan:
     def steps(self) -> int:
         """Blocks of a warpgroup in a turn."""
         return -(-self.own // self.turns)
+
+    @property
+    def depth(self) -> int:
+        """Turns whose codes a thread waits for; its registers hold the codes of 16 steps of 4 words, and that is little."""
+        return max(1, min(self.config.ahead // self.steps, 4))
 
     @property
     def width(self) -> int:
@@ -108,12 +115,22 @@ class Plan:
     @property
     def rows(self) -> int:
         """Rows of inputs."""
-        return self.tokens * self.parts
+        return self.tokens * (self.parts if self.table else 3)
+
+    @property
+    def slots(self) -> int:
+        """Products of the matrix unit that all tokens need on a grid, a power of two."""
+        return 1 << (-(-self.tokens // 2) - 1).bit_length()
+
+    @property
+    def values(self) -> int:
+        """Numbers that each thread adds to the sums of a tile."""
+        return 4 // self.parts if self.table else self.slots
 
     @property
     def stride(self) -> int:
-        """Inputs from one row to the next; 64 bytes more than whole lines, so that no two rows meet in a bank."""
-        return self.padded + 32
+        """Bytes from one row of inputs to the next; 64 more than whole lines, so that no two rows meet in a bank."""
+        return self.padded * (2 if self.table else 1) + 64
 
     def size(self, name: str) -> int:
         """Bytes of an element."""
@@ -122,10 +139,10 @@ class Plan:
     def scratch(self) -> dict[str, tuple[int, Any]]:
         """Shared memory: inputs, what they were divided by, the warps' largest, the warps' sums and tables, both twice."""
         memory = {
-            "inputs": (self.rows * self.stride, jnp.float16),
+            "inputs": (self.rows * self.stride, jnp.uint8),
             "factors": (MOST_ROWS, jnp.float32),
             "largest": (self.tokens * self.warps, jnp.uint32),
-            "sums": (2 * self.warps * WARPGROUP, jnp.float32),
+            "sums": (2 * self.warps * 32 * self.values, jnp.float32),
         }
         if self.table:
             memory["tables"] = (2 * 4**self.bits * PAIR_BYTES // 4, jnp.uint32)

@@ -1,17 +1,16 @@
 """The program of one thread of the GPU kernel for scalar codes; see `gpu`."""
 
 import functools
+import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxquant.kernels import gpu_halves as h
 from jaxquant.kernels import gpu_threads as t
-from jaxquant.kernels.uniform_matmul import tiles
+from jaxquant.kernels.uniform_matmul import gpu_grid, gpu_table, tiles
 from jaxquant.kernels.uniform_matmul.gpu_plan import WARPGROUP, Plan
-from jaxquant.kernels.uniform_matmul.gpu_weights import Grid, Table
-
-_TOP = 14  # exponent of a token's largest input
 
 
 class Thread:
@@ -28,47 +27,65 @@ class Thread:
         self.thread, self.warp = t.thread_index(), t.warp_index()
         self.warpgroup = h.shift_right(self.warp, 2)
         lane = t.bits_and(self.thread, 31)
-        self.row, self.column = h.shift_right(lane, 2), t.bits_and(lane, 3)  # g and t of `tiles`
-        self.table = Table(plan, refs, self.row, self.warp, lane) if plan.table else None
-        self.grid = None if plan.table else Grid(plan, refs, self.row)
+        self.table = gpu_table.Table(plan, refs, lane, self.warp) if plan.table else None
+        self.grid = None if plan.table else gpu_grid.Grid(plan, refs, lane)
+        self.weights: Any = self.table or self.grid
 
     def run(self) -> None:
         """Everything."""
         plan, first = self.plan, h.i32(0)
-        loaded = self.load_rows(first), [self.load(first, step) for step in range(plan.steps)]
+        loaded = [self.load_all(h.i32(i)) for i in range(plan.depth)]
         self.prepare_inputs()
         if self.table:
             self.table.write(self.table.load(self.place(first)[0]), self.parity(first))
         t.block_barrier()
-        zeros = [t.number(0.0)] * 4
+        if self.grid:
+            self.grid.add_inputs(lambda turn, step: self.chunk(turn, step)[1])
 
         def one_turn(index, carry):
-            (rows, blocks), sums = carry
-            following = t.add(index, 1)
-            levels = self.table.load(self.place(following)[0]) if self.table else None
-            offsets = self.parity(index) if self.table else self.grid.offsets(rows) if plan.groups == 1 else None
-            new: tuple[Any, list[Any]] = self.load_rows(following), []
+            (rows, blocks), *later = carry["loaded"]
+            sums = carry["sums"]
+            levels = self.table.load(self.place(t.add(index, 1))[0]) if self.table else None
+            far = t.add(index, plan.depth)
+            new: tuple[Any, list[Any]] = self.load_rows(far), []
             for step, block in enumerate(blocks):
-                sums = self.product(block, offsets, index, step, sums)
-                new[1].append(self.load(following, step))
+                sums = self.product(block, index, step, sums)
+                new[1].append(self.load(far, step))
             if self.table:
-                self.table.write(levels, self.parity(following))
+                self.table.write(levels, self.parity(t.add(index, 1)))
+            zeros = self.weights.zeros()
             if plan.turns == 1:
-                self.finish(index, sums)
-                return new, zeros
-            last = h.equal(self.place(index)[1], plan.turns - 1)
-            with t.when(last):
-                self.finish(index, sums)
-            return new, [t.select(last, zero, total) for zero, total in zip(zeros, sums, strict=True)]
+                self.finish(index, rows, sums)
+                sums = zeros
+            else:
+                last = h.equal(self.place(index)[1], plan.turns - 1)
+                with t.when(last):
+                    self.finish(index, rows, sums)
+                sums = jax.tree.map(lambda zero, total: t.select(last, zero, total), zeros, sums)
+            return {"loaded": [*later, new], "sums": sums}
 
         own_tiles = t.div(t.sub(plan.tiles + plan.grid - 1, self.block), plan.grid)
-        h.loop(t.mul(own_tiles, plan.turns), one_turn, (loaded, zeros))
+        h.loop(t.mul(own_tiles, plan.turns), one_turn, {"loaded": loaded, "sums": self.weights.zeros()})
+
+    def load_all(self, index: Any) -> tuple[list[Any], list[Any]]:
+        """What a turn needs."""
+        return self.load_rows(index), [self.load(index, step) for step in range(self.plan.steps)]
+
+    def product(self, block: dict[str, Any], index: Any, step: int, sums: Any) -> Any:
+        """Adds the product of this warp's chunk of a block and its inputs."""
+        _, chunk = self.chunk(self.place(index)[1], step)
+        if self.table:
+            return self.table.product(block, chunk, self.parity(index), sums)
+        return self.grid.product(block, chunk, sums)
 
     def place(self, index: Any) -> tuple[Any, Any]:
         """Tile and turn of a step of the loop; what follows the last tile is the last tile."""
-        tile = t.add(self.block, t.mul(self.ordinal(index), self.plan.grid))
         turn = h.i32(0) if self.plan.turns == 1 else t.rem(index, self.plan.turns)
-        return t.least(tile, self.plan.tiles - 1), turn
+        return t.least(self.tile(index), self.plan.tiles - 1), turn
+
+    def tile(self, index: Any) -> Any:
+        """Tile of a step of the loop, perhaps beyond the last one."""
+        return t.add(self.block, t.mul(self.ordinal(index), self.plan.grid))
 
     def ordinal(self, index: Any) -> Any:
         """Which of this block's tiles it is."""
@@ -84,66 +101,49 @@ class Thread:
         block = t.add(t.mul(turn, self.plan.steps * groups), self.warpgroup, step * groups)
         return block, t.add(t.mul(block, tiles.WARPS), t.bits_and(self.warp, tiles.WARPS - 1))
 
+    def words(self, tile: Any, block: Any) -> list[Any]:
+        """Addresses of this thread's loads of a block."""
+        side = tiles.load_words(self.plan.bits)
+        count, size = tiles.thread_words(self.plan.bits) // side, 4 * side * WARPGROUP
+        address = t.at(self.refs["words"], t.mul(t.add(t.mul(tile, self.plan.blocks), block), count * size))
+        address = t.at(address, t.mul(t.bits_and(self.thread, WARPGROUP - 1), 4 * side))
+        return [t.at(address, i * size) for i in range(count)]
+
+    def prefetch(self) -> None:
+        """Fetches the first codes into the second cache."""
+        tile, turn = self.place(h.i32(0))
+        with t.when(h.equal(t.bits_and(self.thread, 7), 0)):  # a line is 128 bytes, or 64 of codes of 3 bits
+            for step in range(self.plan.steps):
+                block, _ = self.chunk(turn, step)
+                for address in self.words(tile, t.least(block, self.plan.blocks - 1)):
+                    h.prefetch(address)
+
     def load_rows(self, index: Any) -> list[Any]:
         """Zero points of whole rows."""
-        return self.grid.load(self.place(index)[0], 0) if self.grid and self.plan.groups == 1 else []
+        return self.grid.load_rows(self.place(index)[0]) if self.grid and self.plan.groups == 1 else []
 
     def load(self, index: Any, step: int) -> dict[str, Any]:
-        """Words of a block; if groups of columns have scales and zero points, also those of every segment."""
+        """Words of a block; if groups of columns have scales and zero points, also those of every segment.
+
+        Beyond the last tile nothing is used; beyond the last block, codes meet inputs of zero.
+        """
         plan = self.plan
         tile, turn = self.place(index)
         block, chunk = self.chunk(turn, step)
+        exists = t.less(self.tile(index), plan.tiles)
         if plan.repeats:
-            block = t.least(block, plan.blocks - 1)
+            exists = t.both(exists, t.less(block, plan.blocks))
         side = tiles.load_words(plan.bits)
-        count, size = tiles.thread_words(plan.bits) // side, 4 * side * WARPGROUP
-        address = t.at(self.refs["words"], t.mul(t.add(t.mul(tile, plan.blocks), block), count * size))
-        address = t.at(address, t.mul(t.bits_and(self.thread, WARPGROUP - 1), 4 * side))
-        words = [word for i in range(count) for word in h.stream(t.at(address, i * size), side)]
+        words = [word for address in self.words(tile, block) for word in h.stream_if(exists, address, side)]
         segments = []
         if plan.groups > 1:
             for start in range(0, plan.width, plan.segment):
                 group = t.div(t.add(t.mul(chunk, plan.width), start), plan.columns // plan.groups)
-                segments.append(self.grid.load(tile, t.least(group, plan.groups - 1)))
+                segments.append(self.grid.load_rows(tile, t.least(group, plan.groups - 1)))
         return {"words": words, "segments": segments}
 
-    def product(self, block: dict[str, Any], offsets: Any, index: Any, step: int, sums: list[Any]) -> list[Any]:
-        """Adds the product of a warp's chunk and its inputs to the sums of 16 outputs and 8 rows."""
-        plan = self.plan
-        column = t.mul(self.chunk(self.place(index)[1], step)[1], plan.width)
-        row = t.mul(t.least(self.row, plan.rows - 1), plan.stride)
-        inputs = t.at(self.refs["inputs"], t.mul(t.add(column, t.mul(self.column, 8), row), 2))
-        half = len(block["words"]) // 2
-        words = block["words"][:half], block["words"][half:]
-        pair = (self.table or self.grid).pair
-        for start in range(0, plan.width, plan.segment):
-            part = sums
-            if plan.groups > 1:
-                rows = block["segments"][start // plan.segment]
-                offsets, part = self.grid.offsets(rows), [t.number(0.0)] * 4
-            for place in range(start, start + plan.segment, 32):
-                x = self.load_inputs(t.at(inputs, 2 * place))
-                for k in range(2):
-                    first = place // 8 + 2 * k
-                    a = [pair(words[half], half, number, offsets) for number in (first, first + 1) for half in range(2)]
-                    part = h.mma(a, x[2 * k : 2 * k + 2], part)
-            if plan.groups > 1:
-                scales = [h.float32(row["scale"]) for row in rows]
-                part = [
-                    t.fadd(total, t.fmul(p, scales[i // 2]))
-                    for i, (total, p) in enumerate(zip(sums, part, strict=True))
-                ]
-            sums = part
-        return sums
-
-    def load_inputs(self, address: Any) -> list[Any]:
-        """Eight inputs of a row; lanes without a row have zeros, and cost no time."""
-        if self.plan.rows == 8:
-            return h.load_words(address, 4)
-        return h.load_words_if(t.less(self.row, self.plan.rows), address)
-
     def prepare_inputs(self) -> None:
-        """Writes inputs as float16 to shared memory, with zeros behind them, and what they were divided by."""
+        """Writes inputs to shared memory, with zeros behind them, and what they were divided by."""
         plan = self.plan
         size = 16 // plan.size("x")  # of a load
         stretch = plan.config.warpgroups * WARPGROUP * size
@@ -162,46 +162,46 @@ class Thread:
             place = t.mul(t.add(self.warp, token * plan.warps), 4)
             h.store_together([h.most_of_warp(largest)], t.at(self.refs["largest"], place))
         t.block_barrier()
+        top = gpu_table.TOP if plan.table else gpu_grid.TOP
         for token in range(plan.tokens):
             largest = h.i32(0)
             for warp in range(plan.warps):
                 (other,) = h.load_words(t.at(self.refs["largest"], 4 * (token * plan.warps + warp)))
                 largest = h.most(largest, other)
-            # The largest's exponent, biased by 127; no power of two below overflows.
+            # The largest's exponent, biased by 127; no power of two below overflows. Infinite ones make the product NaN.
             exponent = h.most(h.shift_right(largest, 23), 32)
-            inverse = h.float_of(h.shift_left(t.sub(2 * 127 + _TOP, exponent), 23))
-            t.store(h.float_of(h.shift_left(t.sub(exponent, _TOP), 23)), t.at(self.refs["factors"], 4 * token))
+            inverse = h.float_of(h.shift_left(t.sub(2 * 127 + top, exponent), 23))
+            factor = h.float_of(h.shift_left(t.sub(exponent, top), 23))
+            factor = t.select(t.less(exponent, 255), factor, t.number(math.nan))
+            t.store(factor, t.at(self.refs["factors"], 4 * token))
             for start in starts:
                 values = [t.fmul(value, inverse) for value in inputs(token, start)]
-                for part in range(plan.parts):
-                    halves = [h.float16(value) for value in values]
-                    values = [h.minus(value, h.float32(half)) for value, half in zip(values, halves, strict=True)]
-                    row = (token * plan.parts + part) * plan.stride
-                    with t.when(t.less(start, plan.padded)):
-                        h.store_together(halves, t.at(self.refs["inputs"], t.mul(start, 2), 2 * row))
+                with t.when(t.less(start, plan.padded)):
+                    self.weights.write_inputs(token, start, values)
 
-    def finish(self, index: Any, sums: list[Any]) -> None:
+    def finish(self, index: Any, rows: list[Any], sums: Any) -> None:
         """Adds up the sums of all warps, scales and writes the outputs: one warpgroup does, another one for each tile."""
         plan = self.plan
-        all_sums = t.at(self.refs["sums"], t.mul(self.parity(index), 4 * WARPGROUP * plan.warps))
-        h.store_together(sums, t.at(all_sums, t.mul(self.thread, 16)))
+        values = self.grid.collect(sums, rows) if self.grid else self.table.collect(sums)
+        size = 32 * plan.values
+        all_sums = t.at(self.refs["sums"], t.mul(self.parity(index), 4 * size * plan.warps))
+        h.store_together(values, t.at(all_sums, t.mul(self.thread, 4 * plan.values)))
         t.block_barrier()
         with t.when(h.equal(t.rem(self.ordinal(index), plan.config.warpgroups), self.warpgroup)):
             thread = t.bits_and(self.thread, WARPGROUP - 1)
-            address = t.at(all_sums, t.mul(thread, 4))
-            parts = [t.load(t.at(address, 4 * WARPGROUP * warp), jnp.float32)[0] for warp in range(plan.warps)]
-            value = functools.reduce(t.fadd, parts)
-            lane, register = h.shift_right(thread, 2), t.bits_and(thread, 3)
-            tile, _ = self.place(index)
-            row = t.add(t.mul(tile, tiles.ROWS), h.shift_right(lane, 2), t.mul(h.shift_right(register, 1), 8))
-            token = t.add(t.mul(t.bits_and(lane, 3), 2), t.bits_and(register, 1))
-            mine = t.less(row, plan.out)
-            if plan.parts == 2:
-                value = t.fadd(value, h.of_neighbour(value))
-                mine = t.both(mine, h.equal(t.bits_and(token, 1), 0))
-                token = h.shift_right(token, 1)
-            with t.when(t.both(mine, t.less(token, plan.tokens))):
-                self.write(value, token, row)
+            for first in range(0, size, WARPGROUP):
+                self.add_up(index, t.add(thread, first), all_sums, size)
+
+    def add_up(self, index: Any, place: Any, all_sums: Any, size: int) -> None:
+        """Adds up one of the values of all warps."""
+        plan = self.plan
+        address = t.at(all_sums, t.mul(t.least(place, size - 1), 4))
+        parts = [t.load(t.at(address, 4 * size * warp), jnp.float32)[0] for warp in range(plan.warps)]
+        value = functools.reduce(t.fadd, parts)
+        row, token = self.weights.owner(t.div(place, plan.values), t.rem(place, plan.values))
+        row = t.add(t.mul(self.place(index)[0], tiles.ROWS), row)
+        with t.when(t.both(t.less(place, size), t.both(t.less(row, plan.out), t.less(token, plan.tokens)))):
+            self.write(value, token, row)
 
     def write(self, value: Any, token: Any, row: Any) -> None:
         """Scales and writes one output."""
