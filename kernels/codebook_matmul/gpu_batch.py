@@ -111,14 +111,18 @@ class AdditiveDecoder:
 
 
 def _decoder(count: int, sets: int, config: gpu_plan.BlockConfig) -> AdditiveDecoder:
-    """As long steps as leave room for three of them."""
-    calls = layout.SET // (8 * count)
-    while calls > 1:
-        stage = layout.SET * config.rows + 128 * calls * config.tokens
-        if count * _BOOK + 3 * stage <= gpu_plan.SHARED:
-            break
+    """As long steps as leave room for three of them; of many tokens for two, lest every fragment waits for its product."""
+    calls, stages, pieces = layout.SET // (8 * count), 3 if config.tokens <= 128 else 2, config.rows // _PIECE
+    if pieces & (pieces - 1):
+        raise ValueError(
+            f"additive decoding: expected a power of two of 64 outputs per tile, got {config.rows} outputs"
+        )
+    while (
+        calls > 1
+        and count * _BOOK + stages * (layout.SET * config.rows + 128 * calls * config.tokens) > gpu_plan.SHARED
+    ):
         calls //= 2
-    return AdditiveDecoder(count, sets, config.rows // _PIECE, calls)
+    return AdditiveDecoder(count, sets, pieces, calls)
 
 
 def decode_matmul(
