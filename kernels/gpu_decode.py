@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils
 
 from jaxquant.kernels import gpu_registers as gr
 from jaxquant.kernels import gpu_sums
@@ -179,13 +178,13 @@ class _Kernel:
             return
         threads = self.config.warpgroups * gr.WARPGROUP
 
-        @plgpu.inline_mgpu(arg_types=([plgpu.RefType()] * len(tables), [plgpu.RefType()] * len(shared), gr.SCALAR))
+        @gr.inline(arg_types=([plgpu.RefType()] * len(tables), [plgpu.RefType()] * len(shared), gr.SCALAR))
         def fill(ctx, tables, shared, group):
             del ctx
             r = gr.Registers()
             thread = r.add(r.times(gr.scalar(group), gr.WARPGROUP), r.thread())
             self.decoder.fill(r, tables, [gr.address(ref) for ref in shared], thread, threads)
-            utils.inline_ptx(f"bar.sync {_FILLED}, {threads};", convergent=True)
+            gr.ptx(f"bar.sync {_FILLED}, {threads};")
 
         fill(list(tables), list(shared), group)
 
@@ -195,7 +194,7 @@ class _Kernel:
         kinds = (gr.fragment_type(blocks, decoder.width, decoder.dtype),) * decoder.fragments
         refs = ([plgpu.RefType()] * len(refs) for refs in (codes, shared, tables))
 
-        @plgpu.inline_mgpu(arg_types=(*refs, (gr.SCALAR,) * 3), return_type=kinds)
+        @gr.inline(arg_types=(*refs, (gr.SCALAR,) * 3), return_type=kinds)
         def decode(ctx, codes, shared, tables, place):
             del ctx
             addresses = ([gr.address(ref) for ref in refs] for refs in (codes, shared))
@@ -211,7 +210,7 @@ class _Kernel:
         decoder, config = self.decoder, self.config
         rows = gr.FRAGMENT_ROWS * config.blocks
         row, inner = self._place(tile)[0], group * rows
-        kind = plgpu.ACC((rows, config.tokens), jnp.float32)
+        kind = plgpu.WGMMAAccumulatorRef((rows, config.tokens), jnp.float32)
 
         def fragments(slot, step):
             place = row + inner, inner, step - tile * decoder.steps
@@ -265,7 +264,7 @@ class _Kernel:
             return
         plgpu.wgmma_wait(0)
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,))
+        @gr.inline(arg_types=(plgpu.Layout.WGMMA,))
         def keep(ctx, weight):
             del ctx
             gr.keep(weight)
@@ -277,19 +276,19 @@ class _Kernel:
         groups, begin = self.config.warpgroups, tile * self.decoder.steps
         layout, ref, kind = plgpu.Layout.WGMMA, plgpu.RefType(), gr.sums_type(sums.shape)
 
-        @plgpu.inline_mgpu(arg_types=(layout, ref, ref, gr.SCALAR))
+        @gr.inline(arg_types=(layout, ref, ref, gr.SCALAR))
         def hand(ctx, sums, parts, flag, place):
             del ctx
             gpu_sums.store_part(sums, parts, gr.scalar(place))
             gpu_sums.signal(flag)
 
-        @plgpu.inline_mgpu(arg_types=(layout, ref, ref, gr.SCALAR, gr.SCALAR), return_type=kind)
+        @gr.inline(arg_types=(layout, ref, ref, gr.SCALAR, gr.SCALAR), return_type=kind)
         def add(ctx, sums, parts, flag, place, count):
             del ctx
             gpu_sums.wait(flag, gr.scalar(count))
             return gpu_sums.add_parts(sums, parts, gr.scalar(place), groups, gr.scalar(count), self.shares.most - 1)
 
-        @plgpu.inline_mgpu(arg_types=(layout, ref, [ref] * len(factors), gr.SCALAR, gr.SCALAR))
+        @gr.inline(arg_types=(layout, ref, [ref] * len(factors), gr.SCALAR, gr.SCALAR))
         def store(ctx, sums, y, factors, token, row):
             del ctx
             rest = iter(factors)
@@ -315,7 +314,7 @@ class _Kernel:
         """Sums + scale * part; `scale` refers to the warpgroup's values, one per output."""
         layout = plgpu.Layout.WGMMA
 
-        @plgpu.inline_mgpu(arg_types=(layout, layout, plgpu.RefType()), return_type=gr.sums_type(sums.shape))
+        @gr.inline(arg_types=(layout, layout, plgpu.RefType()), return_type=gr.sums_type(sums.shape))
         def add(ctx, sums, part, scale):
             del ctx
             return gpu_sums.add_scaled(sums, part, gr.address(scale), self.streams[-1].array.dtype)

@@ -71,12 +71,23 @@ class Decoder(Protocol):
         each output of a tile.
     """
 
-    dtype: Any
-    steps: int
-    calls: int
-    fragments: int
-    width: int
-    scaled: bool
+    @property
+    def dtype(self) -> Any: ...  # noqa: D102
+
+    @property
+    def steps(self) -> int: ...  # noqa: D102
+
+    @property
+    def calls(self) -> int: ...  # noqa: D102
+
+    @property
+    def fragments(self) -> int: ...  # noqa: D102
+
+    @property
+    def width(self) -> int: ...  # noqa: D102
+
+    @property
+    def scaled(self) -> bool: ...  # noqa: D102
 
     def source(self, stream: int, copy: int, step: Any, row: Any) -> tuple[Any, ...]:
         """Where in a stream's array a copy begins, for a step and for a tile with a first output."""

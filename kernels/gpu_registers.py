@@ -29,6 +29,46 @@ SCALAR = plgpu.Layout.WG_SPLAT(())
 Register = Any
 # Registers [block][column // 8][h] of fragments.
 Pairs = list[list[list[Register]]]
+# The decorator changes the arguments of a function, which type checkers do not follow.
+inline: Any = plgpu.inline_mgpu
+
+
+def ptx(
+    code: str, *arguments: Any, result_types: Any = (), predicate: Any = None, has_side_effects: bool = False
+) -> Any:
+    """Emits instructions; $0, $1, ... are their results and then their arguments.
+
+    Args:
+      code: in the assembly language PTX.
+      arguments: values of 16 to 64 bits.
+      result_types: a type, or a sequence of them.
+      predicate: where it is not true, the only instruction does nothing; it then has no results.
+      has_side_effects: keeps its place among others of the kind; where there is no result, it always does.
+
+    Returns:
+      The result, or a list of them.
+    """
+    single = isinstance(result_types, ir.Type)
+    types = [result_types] if single else list(result_types)
+    if predicate is not None:
+        code, arguments = f"@${len(arguments)} {code}", (*arguments, predicate)
+    letters = [f"={_letter(kind)}" for kind in types] + [_letter(x.type) for x in arguments]
+    kind = ir.Type.parse("!llvm.void")
+    if types:
+        kind = types[0] if len(types) == 1 else llvm.StructType.get_literal(types)
+    effects = has_side_effects or not types
+    out = llvm.inline_asm(kind, list(arguments), code, ",".join(letters), has_side_effects=effects)
+    if single:
+        return out
+    return [out] if len(types) == 1 else [llvm.extractvalue(kind, out, [i]) for i, kind in enumerate(types)]
+
+
+def _letter(kind: Any) -> str:
+    """Kind of register."""
+    if isinstance(kind, ir.F32Type):
+        return "f"
+    width = ir.IntegerType(kind).width
+    return {1: "b", 16: "h", 32: "r", 64: "l"}[width]
 
 
 class Registers:
@@ -80,11 +120,11 @@ class Registers:
 
     def packed(self, operation: str, a: Register, b: Register) -> Register:
         """Arithmetic on two values of 16 bits: the name is that of PTX."""
-        return utils.inline_ptx(f"{operation} $0, $1, $2;", a, b, result_types=a.type)
+        return ptx(f"{operation} $0, $1, $2;", a, b, result_types=a.type)
 
     def permute(self, a: Register, b: Register, selector: Register) -> Register:
         """Bytes of a (0 to 3) and b (4 to 7) that the four lowest nibbles of the selector name; their top bits are 0."""
-        return utils.inline_ptx("prmt.b32 $0, $1, $2, $3;", a, b, selector, result_types=a.type)
+        return ptx("prmt.b32 $0, $1, $2, $3;", a, b, selector, result_types=a.type)
 
     def load(self, address: Register, words: int, offset: int, *, constant: bool = False) -> list[Register]:
         """Words of shared memory at address + offset bytes; half a word for words = 0.
@@ -95,19 +135,19 @@ class Registers:
         options = {"result_types": (i32,) * max(1, words), "has_side_effects": not constant}
         if not words:
             half = f"{{.reg .u16 t; ld.shared.u16 t, [$1+{offset}]; cvt.u32.u16 $0, t;}}"
-            return list(utils.inline_ptx(half, address, **options))
+            return list(ptx(half, address, **options))
         names = ",".join(f"${i}" for i in range(words))
         names, width = (f"{{{names}}}", f".v{words}") if words > 1 else (names, "")
-        return list(utils.inline_ptx(f"ld.shared{width}.b32 {names}, [${words}+{offset}];", address, **options))
+        return list(ptx(f"ld.shared{width}.b32 {names}, [${words}+{offset}];", address, **options))
 
     def load_byte(self, address: Register) -> Register:
         """A byte of shared memory."""
-        ptx = "{.reg .u8 t; ld.shared.u8 t, [$1]; cvt.u32.u8 $0, t;}"
-        return utils.inline_ptx(ptx, address, result_types=address.type, has_side_effects=True)
+        code = "{.reg .u8 t; ld.shared.u8 t, [$1]; cvt.u32.u8 $0, t;}"
+        return ptx(code, address, result_types=address.type, has_side_effects=True)
 
     def store(self, address: Register, values: list[Register]) -> None:
         """Stores four words to shared memory."""
-        utils.inline_ptx("st.shared.v4.b32 [$0], {$1,$2,$3,$4};", address, *values)
+        ptx("st.shared.v4.b32 [$0], {$1,$2,$3,$4};", address, *values)
 
     def load_global(self, ref: Any, offset: Register, words: int) -> list[Register]:
         """Words of an array in device memory that the kernel does not write, at an offset in bytes."""
@@ -115,9 +155,7 @@ class Registers:
         names = ",".join(f"${i}" for i in range(words))
         names, width = (f"{{{names}}}", f".v{words}") if words > 1 else (names, "")
         where = pointer(ref, offset)
-        return list(
-            utils.inline_ptx(f"ld.global.nc{width}.b32 {names}, [${words}];", where, result_types=(i32,) * words)
-        )
+        return list(ptx(f"ld.global.nc{width}.b32 {names}, [${words}];", where, result_types=(i32,) * words))
 
 
 def address(ref: Any) -> Register:
@@ -161,7 +199,7 @@ def keep(array: mgpu.FragmentedArray) -> None:
     A product reads its fragment while the thread goes on, and the assembler would give the registers away.
     """
     i32 = ir.IntegerType.get_signless(32)
-    utils.inline_ptx("// in use", *(utils.bitcast(x, i32) for x in array.registers.flat))
+    ptx("// in use", *(utils.bitcast(x, i32) for x in array.registers.flat))
 
 
 def scalar(array: mgpu.FragmentedArray) -> Register:

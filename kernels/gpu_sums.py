@@ -62,7 +62,7 @@ def add_scaled(
         scale, b, values = scales[place[0], place[2]], theirs[place], []
         for i in range(ir.VectorType(a.type).shape[0]):
             pair = (vector.extract(x, dynamic_position=[], static_position=[i]) for x in (b, a))
-            values.append(utils.inline_ptx("fma.rn.f32 $0, $1, $2, $3;", scale, *pair, result_types=scale.type))
+            values.append(gr.ptx("fma.rn.f32 $0, $1, $2, $3;", scale, *pair, result_types=scale.type))
         result[place] = vector.from_elements(a.type, values)
     registers = result.reshape(sums.registers.shape)
     return mgpu.FragmentedArray(_registers=registers, _layout=sums.layout, _is_signed=None)
@@ -73,8 +73,8 @@ def store_part(array: mgpu.FragmentedArray, ref: Any, place: gr.Register) -> Non
     r, values = gr.Registers(), _flat(array)
     where = _part_pointer(r, ref, place, len(values))
     for first in range(0, len(values), 4):
-        ptx = f"st.global.v4.f32 [$0+{first * 4 * gr.WARPGROUP}], {{$1,$2,$3,$4}};"
-        utils.inline_ptx(ptx, where, *values[first : first + 4])
+        code = f"st.global.v4.f32 [$0+{first * 4 * gr.WARPGROUP}], {{$1,$2,$3,$4}};"
+        gr.ptx(code, where, *values[first : first + 4])
 
 
 def add_parts(
@@ -84,14 +84,14 @@ def add_parts(
     r, values, f32 = gr.Registers(), _flat(array), ir.F32Type.get()
     there = [arith.extui(count.type, arith.cmpi(arith.CmpIPredicate.ult, r.constant(i), count)) for i in range(most)]
     pointers = [_part_pointer(r, ref, r.add(place, r.constant(i * stride)), len(values)) for i in range(most)]
-    ptx = "{.reg .pred p; setp.ne.u32 p, $5, 0; mov.f32 $0, 0f00000000; mov.f32 $1, 0f00000000;"
-    ptx += "mov.f32 $2, 0f00000000; mov.f32 $3, 0f00000000; @p ld.global.v4.f32 {$0,$1,$2,$3}, [$4+OFFSET];}"
+    code = "{.reg .pred p; setp.ne.u32 p, $5, 0; mov.f32 $0, 0f00000000; mov.f32 $1, 0f00000000;"
+    code += "mov.f32 $2, 0f00000000; mov.f32 $3, 0f00000000; @p ld.global.v4.f32 {$0,$1,$2,$3}, [$4+OFFSET];}"
     loads = [(first, i) for first in range(0, len(values), 4) for i in range(most)]
     for begin in range(0, len(loads), _LOADS):
         some, got = loads[begin : begin + _LOADS], []
         for first, i in some:
-            load = ptx.replace("OFFSET", str(first * 4 * gr.WARPGROUP))
-            got.append(utils.inline_ptx(load, pointers[i], there[i], result_types=(f32,) * 4, has_side_effects=True))
+            load = code.replace("OFFSET", str(first * 4 * gr.WARPGROUP))
+            got.append(gr.ptx(load, pointers[i], there[i], result_types=(f32,) * 4, has_side_effects=True))
         for (first, _), part in zip(some, got, strict=True):
             values[first : first + 4] = [arith.addf(a, b) for a, b in zip(values[first : first + 4], part, strict=True)]
     registers, rest = np.empty_like(array.registers), iter(values)
@@ -171,4 +171,4 @@ def store_rows(
                 value = utils.bitcast(arith.truncf(utils.dtype_to_ir_type(dtype), value), i16)
             where = gr.plus(line, arith.extui(i64, r.times(lines[b, h], size)))
             inside = arith.andi(inside_rows[b, h], inside_tokens)
-            utils.inline_ptx(f"st.global.b{8 * size} [$0], $1;", where, value, predicate=inside)
+            gr.ptx(f"st.global.b{8 * size} [$0], $1;", where, value, predicate=inside)

@@ -92,7 +92,7 @@ class AdditiveDecoder:
                 turned = r.differ(group, r.mask(row, layout.LANES - 1))
                 turned = r.add(r.mask(turned, 15), r.times(r.shift(turned, 4), row_bytes))
                 for u in range(2):
-                    entry = None
+                    entry: list[Any] = []
                     for m in range(self.count):
                         slot = m * (layout.SET // self.count) + 8 * call + 4 * u
                         place = r.differ(turned, r.constant(slot % 16 + slot // 16 * row_bytes))
@@ -102,10 +102,10 @@ class AdditiveDecoder:
                         pairs[b][4 * u + j][h] = entry[j]
         return [pairs]
 
-    def _add_entry(self, r: gr.Registers, total: list[Any] | None, place: Any, book: int) -> list[Any]:
+    def _add_entry(self, r: gr.Registers, total: list[Any], place: Any, book: int) -> list[Any]:
         """The sum of entries and another one, in 4 registers."""
         entry = r.load(place, 4, book * _BOOK, constant=True)
-        if total is None:
+        if not total:
             return entry
         return [r.packed("add.f16x2", a, b) for a, b in zip(total, entry, strict=True)]
 
