@@ -200,18 +200,17 @@ def lookup_matmul(
     if scale is not None and scale.size == 1:
         scale = jnp.broadcast_to(scale, (words.shape[1], 1))
     plan = make_plan(x, words, codebooks, scale, dimension=dimension, dtype=dtype, config=config)
-    config = plan.config
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan=plan),
         out_type=jax.ShapeDtypeStruct((plan.tokens, plan.out), dtype),
         grid=plan.grid,
         grid_names=("cluster", "chunk"),
-        cluster=(config.cluster,),
+        cluster=(plan.config.cluster,),
         cluster_names=("block",),
-        num_threads=config.warpgroups,
+        num_threads=plan.config.warpgroups,
         thread_name="warpgroup",
         scratch_types=[
-            plgpu.SMEM((config.sets * plan.chunk * TABLE_BYTES // 4,), jnp.float32),
+            plgpu.SMEM((plan.config.sets * plan.chunk * TABLE_BYTES // 4,), jnp.float32),
             plgpu.SMEM((plan.sums,), jnp.float32),
             plgpu.SMEM((plan.sums,), jnp.float32),
             plgpu.SMEM((2,), jnp.int32),
