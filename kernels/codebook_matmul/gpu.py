@@ -176,6 +176,7 @@ def _kernel(*refs, plan: Plan):
     thread(*place, x, words, books, y, *scratch, *scale)
 
 
+@functools.partial(jax.jit, static_argnames=("dimension", "dtype", "config"))  # layers of one shape are compiled once
 def lookup_matmul(
     x: jax.Array,
     words: jax.Array,
@@ -193,7 +194,7 @@ def lookup_matmul(
       words: uint32 [4 * sets, out, 4], see `layout.banked_words`.
       codebooks: float [M, K * d], M of 1, 2, 4 or 8.
       scale: float [out or 1, 1] or [1, in / d], or None.
-      dimension: d, 4 or a multiple of 8.
+      dimension: d, 4, 8 or 16.
       dtype: of the result.
       config: division of the work; by default that of `block_config`.
     """
