@@ -197,8 +197,9 @@ class _Kernel:
         @gr.inline(arg_types=(*refs, (gr.SCALAR,) * 3), return_type=kinds)
         def decode(ctx, codes, shared, tables, place):
             del ctx
-            addresses = ([gr.address(ref) for ref in refs] for refs in (codes, shared))
-            state = Step(*addresses, tables, *map(gr.scalar, place))
+            streams, tables_made = ([gr.address(ref) for ref in refs] for refs in (codes, shared))
+            row, inner, step = map(gr.scalar, place)
+            state = Step(streams, tables_made, tables, row, inner, step)
             return tuple(
                 gr.fragment(pairs, decoder.dtype) for pairs in decoder.decode(gr.Registers(), call, blocks, state)
             )

@@ -57,7 +57,7 @@ def ptx(
     if types:
         kind = types[0] if len(types) == 1 else llvm.StructType.get_literal(types)
     effects = has_side_effects or not types
-    out = llvm.inline_asm(kind, list(arguments), code, ",".join(letters), has_side_effects=effects)
+    out: Any = llvm.inline_asm(kind, list(arguments), code, ",".join(letters), has_side_effects=effects)
     if single:
         return out
     return [out] if len(types) == 1 else [llvm.extractvalue(kind, out, [i]) for i, kind in enumerate(types)]

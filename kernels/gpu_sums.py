@@ -59,9 +59,10 @@ def add_scaled(
     mine, theirs = (x.registers.reshape(blocks, sums.shape[1] // 8, 2, -1) for x in (sums, part))
     result = np.empty_like(mine)
     for place, a in np.ndenumerate(mine):
-        scale, b, values = scales[place[0], place[2]], theirs[place], []
+        scale, values = scales[place[0], place[2]], []
+        b: Any = theirs[place]
         for i in range(ir.VectorType(a.type).shape[0]):
-            pair = (vector.extract(x, dynamic_position=[], static_position=[i]) for x in (b, a))
+            pair: Any = (vector.extract(x, dynamic_position=[], static_position=[i]) for x in (b, a))
             values.append(gr.ptx("fma.rn.f32 $0, $1, $2, $3;", scale, *pair, result_types=scale.type))
         result[place] = vector.from_elements(a.type, values)
     registers = result.reshape(sums.registers.shape)
