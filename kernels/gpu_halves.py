@@ -152,6 +152,11 @@ def store_byte(x: ir.Value, address: ir.Value) -> None:
     llvm.store(arith.trunci(ir.IntegerType.get_signless(8), x), address)
 
 
+def nearest(x: ir.Value) -> ir.Value:
+    """The nearest integer with a sign to a float32 number."""
+    return utils.inline_ptx("cvt.rni.s32.f32 $0, $1;", x, result_types=word())
+
+
 def float_from(x: ir.Value) -> ir.Value:
     """The nearest float32 number to an integer with a sign."""
     return arith.sitofp(ir.F32Type.get(), x)

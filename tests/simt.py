@@ -44,6 +44,9 @@ class Threads:
     def bits_and(self, a, b):
         return self.i32(a) & self.i32(b)
 
+    def xor(self, a, b):
+        return self.i32(a) ^ self.i32(b)
+
     def shift_left(self, a, b):
         return self.i32(a) << self.i32(b)
 
@@ -150,6 +153,9 @@ class Threads:
     @staticmethod
     def signed(bits):
         return bits - (bits >> 31 << 32)
+
+    def nearest(self, x):
+        return np.rint(np.nan_to_num(x, posinf=0, neginf=0)).astype(np.int32).view(np.uint32)
 
     def float_from(self, x):
         return x.view(np.int32).astype(np.float32)
