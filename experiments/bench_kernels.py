@@ -142,9 +142,8 @@ def rows(args: Arguments) -> Iterator[dict[str, Any]]:
                     cases["kernel"] = packed
                 for case in (case for case in args.implementations if case in cases):
                     implementation, weights = platform if case == "kernel" else case, cases[case]
-                    function = functools.partial(
-                        matmul, implementation="reference" if case == "dense" else implementation
-                    )
+                    chosen: Any = "reference" if case == "dense" else implementation
+                    function = functools.partial(matmul, implementation=chosen)
                     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights[0]))
                     yield {
                         "format": name,

@@ -36,7 +36,7 @@ def _ptx(
     kind = ir.Type.parse("!llvm.void")
     if results:
         kind = results[0] if len(results) == 1 else llvm.StructType.get_literal(list(results))
-    out = llvm.inline_asm(kind, list(arguments), code, constraints, has_side_effects=not pure)
+    out: Any = llvm.inline_asm(kind, list(arguments), code, constraints, has_side_effects=not pure)
     return [out] if len(results) == 1 else [llvm.extractvalue(x, out, [i]) for i, x in enumerate(results)]
 
 

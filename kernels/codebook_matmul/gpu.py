@@ -176,6 +176,7 @@ def _kernel(*refs, plan: Plan):
     thread(*place, x, words, books, y, *scratch, *scale)
 
 
+@functools.partial(jax.jit, static_argnames=("dimension", "dtype", "config"))  # layers of one shape are compiled once
 def lookup_matmul(
     x: jax.Array,
     words: jax.Array,
@@ -193,25 +194,24 @@ def lookup_matmul(
       words: uint32 [4 * sets, out, 4], see `layout.banked_words`.
       codebooks: float [M, K * d], M of 1, 2, 4 or 8.
       scale: float [out or 1, 1] or [1, in / d], or None.
-      dimension: d, 4 or a multiple of 8.
+      dimension: d, 4, 8 or 16.
       dtype: of the result.
       config: division of the work; by default that of `block_config`.
     """
     if scale is not None and scale.size == 1:
         scale = jnp.broadcast_to(scale, (words.shape[1], 1))
     plan = make_plan(x, words, codebooks, scale, dimension=dimension, dtype=dtype, config=config)
-    config = plan.config
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan=plan),
         out_type=jax.ShapeDtypeStruct((plan.tokens, plan.out), dtype),
         grid=plan.grid,
         grid_names=("cluster", "chunk"),
-        cluster=(config.cluster,),
+        cluster=(plan.config.cluster,),
         cluster_names=("block",),
-        num_threads=config.warpgroups,
+        num_threads=plan.config.warpgroups,
         thread_name="warpgroup",
         scratch_types=[
-            plgpu.SMEM((config.sets * plan.chunk * TABLE_BYTES // 4,), jnp.float32),
+            plgpu.SMEM((plan.config.sets * plan.chunk * TABLE_BYTES // 4,), jnp.float32),
             plgpu.SMEM((plan.sums,), jnp.float32),
             plgpu.SMEM((plan.sums,), jnp.float32),
             plgpu.SMEM((2,), jnp.int32),
