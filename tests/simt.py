@@ -217,9 +217,8 @@ class Threads:
     def load_words(self, address, count=1):
         return list(self.fetch(address, np.uint32, count).T)
 
-    def stream_if(self, condition, address, count):
-        with self.when(condition):
-            return [np.where(condition, x, np.uint32(0xABADCAFE)) for x in self.load_words(address, count)]
+    def stream(self, address, count):
+        return self.load_words(address, count)
 
     def load_words_if(self, condition, address):
         with self.when(condition):
