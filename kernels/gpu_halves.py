@@ -95,13 +95,11 @@ def mma_bytes(a: Sequence[ir.Value], b: Sequence[ir.Value], c: Sequence[ir.Value
     return list(utils.inline_ptx(ptx, *a, *b, *c, result_types=[word()] * 4))
 
 
-def stream_if(condition: ir.Value, address: ir.Value, count: int) -> list[ir.Value]:
-    """Two or four words of global memory that are read once: not kept in the first cache; else anything."""
+def stream(address: ir.Value, count: int) -> list[ir.Value]:
+    """Two or four words of global memory that are read once: not kept in the first cache."""
     results = ",".join(f"${i}" for i in range(count))
-    ptx = f"@p ld.global.nc.L1::no_allocate.v{count}.b32 {{{results}}}, [${count}];"
-    ptx = f"{{.reg .pred p; setp.ne.u32 p, ${count + 1}, 0; {ptx}}}"
-    number = arith.extui(word(), condition)
-    return list(utils.inline_ptx(ptx, address, number, result_types=[word()] * count, has_side_effects=True))
+    ptx = f"ld.global.nc.L1::no_allocate.v{count}.b32 {{{results}}}, [${count}];"
+    return list(utils.inline_ptx(ptx, address, result_types=[word()] * count, has_side_effects=True))
 
 
 def prefetch(address: ir.Value) -> None:
@@ -150,6 +148,11 @@ def _elements(vector: ir.Value) -> list[ir.Value]:
 def store_byte(x: ir.Value, address: ir.Value) -> None:
     """Writes the lowest byte of a word."""
     llvm.store(arith.trunci(ir.IntegerType.get_signless(8), x), address)
+
+
+def nearest(x: ir.Value) -> ir.Value:
+    """The nearest integer with a sign to a float32 number."""
+    return utils.inline_ptx("cvt.rni.s32.f32 $0, $1;", x, result_types=word())
 
 
 def float_from(x: ir.Value) -> ir.Value:

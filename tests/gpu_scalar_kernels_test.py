@@ -24,6 +24,7 @@ gpu = pytest.importorskip(
 
 needs_mosaic = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the GPU kernels need JAX 0.11")
 
+gpu_grid = gpu.gpu_thread.gpu_grid
 to_tiles = jax.jit(tiles.to_tiles, static_argnums=1, static_argnames="table")
 from_tiles = jax.jit(tiles.from_tiles, static_argnums=(1, 2, 3), static_argnames="table")
 
@@ -127,6 +128,26 @@ def test_levels_of_any_dtype_and_size(in_numpy):
     column = jnp.asarray(np.random.default_rng(2).uniform(0.5, 2, (1, 64)), jnp.float32)
     expected = (x * np.asarray(column)) @ np.take_along_axis(np.asarray(table, np.float64), codes.astype(int), 1).T
     assert relative(gpu.level_matmul(jnp.asarray(x), words, table, column, bits=4), expected) < 4e-4
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_what_is_not_finite_stays_so(table, in_numpy):
+    weight = levels(20, 64, 4) if table else uniform_tensor(20, 64, 4)
+    x = np.ones((4, 64), np.float32)
+    x[1, 3], x[2, 5] = np.inf, np.nan
+    with np.errstate(all="ignore"):
+        y = np.asarray(product(jnp.asarray(x), weight))
+    assert np.isnan(y[1:3]).all()
+    assert np.isfinite(y[[0, 3]]).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_registers_hold_every_column_once(bits):
+    held = gpu_grid.registers(bits)
+    columns = [column for _, four in held for column in four]
+    assert sorted(columns) == list(range(tiles.chunk_columns(bits) // 4))
+    for (first, _), (second, _) in zip(held[::2], held[1::2], strict=True):
+        assert first == second  # of one product, in one place
 
 
 @settings(max_examples=8)

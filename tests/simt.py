@@ -44,6 +44,9 @@ class Threads:
     def bits_and(self, a, b):
         return self.i32(a) & self.i32(b)
 
+    def xor(self, a, b):
+        return self.i32(a) ^ self.i32(b)
+
     def shift_left(self, a, b):
         return self.i32(a) << self.i32(b)
 
@@ -151,6 +154,9 @@ class Threads:
     def signed(bits):
         return bits - (bits >> 31 << 32)
 
+    def nearest(self, x):
+        return np.rint(np.nan_to_num(x, posinf=0, neginf=0)).astype(np.int32).view(np.uint32)
+
     def float_from(self, x):
         return x.view(np.int32).astype(np.float32)
 
@@ -211,9 +217,8 @@ class Threads:
     def load_words(self, address, count=1):
         return list(self.fetch(address, np.uint32, count).T)
 
-    def stream_if(self, condition, address, count):
-        with self.when(condition):
-            return [np.where(condition, x, np.uint32(0xABADCAFE)) for x in self.load_words(address, count)]
+    def stream(self, address, count):
+        return self.load_words(address, count)
 
     def load_words_if(self, condition, address):
         with self.when(condition):

@@ -17,7 +17,7 @@ from jaxquant.kernels.uniform_matmul.gpu_plan import Plan
 DIGITS = 3
 SLOTS = 2  # tokens of a product of the matrix unit
 TOP = 21  # exponent of a token's largest input
-_ROUNDING = 1.5 * 2**23  # added to a smaller number, leaves its integer in the low bits
+_MIDDLES = 0x00808080  # 128 in the bytes of all digits
 _ONES = 0x01010101
 
 
@@ -232,16 +232,18 @@ class Grid:
         piece = t.mul(h.shift_right(first, 5), 8)
         later = t.bits_and(start, 4)  # in a row of eight
         for i, value in enumerate(values):
-            number = t.sub(h.bits_of(t.fadd(value, t.number(_ROUNDING))), 0x4B400000)
+            # Digits with a sign: 128 more, they are the bytes of the integer with 128 in each byte added. (Not by adding a
+            # large float32 whose low bits are then the integer: ptxas 13.0 makes its lowest byte a saturating conversion.)
+            digits = t.xor(t.add(h.nearest(value), _MIDDLES), _MIDDLES)
             # The offsets of the column in up to four pieces, a byte each.
             offsets = [
                 sum(found[8 * p + i + more] << 8 * p for p in range(len(found) // 8)) for more in (0, 8 - len(values))
             ]
             packed = t.select(h.equal(later, 0), h.i32(h.signed(offsets[0])), h.i32(h.signed(offsets[1])))
             place = t.at(address, t.bits_and(h.shift_right(packed, piece), 255))
-            for digit in reversed(range(DIGITS)):
-                h.store_byte(number, t.at(place, (token * DIGITS + digit) * plan.stride))
-                number = h.shift_right_signed(t.add(number, 128), 8)
+            for digit in range(DIGITS):
+                byte = h.shift_right(digits, 8 * (DIGITS - 1 - digit))
+                h.store_byte(byte, t.at(place, (token * DIGITS + digit) * plan.stride))
 
     def add_inputs(self, chunks: Any) -> None:
         """Adds up the inputs of all of a warp's chunks: called with a function of turn and step."""

@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def own(self) -> int:
-        """Blocks of a warpgroup, at most."""
+        """Blocks of a warpgroup, at most; beyond the last one, the last one meets inputs of zero."""
         return -(-self.blocks // self.config.warpgroups)
 
     @property
@@ -86,11 +86,6 @@ class Plan:
     def steps(self) -> int:
         """Blocks of a warpgroup in a turn."""
         return -(-self.own // self.turns)
-
-    @property
-    def depth(self) -> int:
-        """Turns whose codes a thread waits for; its registers hold the codes of 16 steps of 4 words, and that is little."""
-        return max(1, min(self.config.ahead // self.steps, 4))
 
     @property
     def width(self) -> int:

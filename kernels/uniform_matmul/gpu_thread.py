@@ -34,7 +34,7 @@ class Thread:
     def run(self) -> None:
         """Everything."""
         plan, first = self.plan, h.i32(0)
-        loaded = [self.load_all(h.i32(i)) for i in range(plan.depth)]
+        loaded = self.load_rows(first), [self.load(first, step) for step in range(plan.steps)]
         self.prepare_inputs()
         if self.table:
             self.table.write(self.table.load(self.place(first)[0]), self.parity(first))
@@ -43,33 +43,26 @@ class Thread:
             self.grid.add_inputs(lambda turn, step: self.chunk(turn, step)[1])
 
         def one_turn(index, carry):
-            (rows, blocks), *later = carry["loaded"]
-            sums = carry["sums"]
-            levels = self.table.load(self.place(t.add(index, 1))[0]) if self.table else None
-            far = t.add(index, plan.depth)
-            new: tuple[Any, list[Any]] = self.load_rows(far), []
+            (rows, blocks), sums = carry
+            following = t.add(index, 1)
+            levels = self.table.load(self.place(following)[0]) if self.table else None
+            new: tuple[Any, list[Any]] = self.load_rows(following), []
             for step, block in enumerate(blocks):
                 sums = self.product(block, index, step, sums)
-                new[1].append(self.load(far, step))
+                new[1].append(self.load(following, step))
             if self.table:
-                self.table.write(levels, self.parity(t.add(index, 1)))
+                self.table.write(levels, self.parity(following))
             zeros = self.weights.zeros()
             if plan.turns == 1:
                 self.finish(index, rows, sums)
-                sums = zeros
-            else:
-                last = h.equal(self.place(index)[1], plan.turns - 1)
-                with t.when(last):
-                    self.finish(index, rows, sums)
-                sums = jax.tree.map(lambda zero, total: t.select(last, zero, total), zeros, sums)
-            return {"loaded": [*later, new], "sums": sums}
+                return new, zeros
+            last = h.equal(self.place(index)[1], plan.turns - 1)
+            with t.when(last):
+                self.finish(index, rows, sums)
+            return new, jax.tree.map(lambda zero, total: t.select(last, zero, total), zeros, sums)
 
         own_tiles = t.div(t.sub(plan.tiles + plan.grid - 1, self.block), plan.grid)
-        h.loop(t.mul(own_tiles, plan.turns), one_turn, {"loaded": loaded, "sums": self.weights.zeros()})
-
-    def load_all(self, index: Any) -> tuple[list[Any], list[Any]]:
-        """What a turn needs."""
-        return self.load_rows(index), [self.load(index, step) for step in range(self.plan.steps)]
+        h.loop(t.mul(own_tiles, plan.turns), one_turn, (loaded, self.weights.zeros()))
 
     def product(self, block: dict[str, Any], index: Any, step: int, sums: Any) -> Any:
         """Adds the product of this warp's chunk of a block and its inputs."""
@@ -80,12 +73,9 @@ class Thread:
 
     def place(self, index: Any) -> tuple[Any, Any]:
         """Tile and turn of a step of the loop; what follows the last tile is the last tile."""
+        tile = t.add(self.block, t.mul(self.ordinal(index), self.plan.grid))
         turn = h.i32(0) if self.plan.turns == 1 else t.rem(index, self.plan.turns)
-        return t.least(self.tile(index), self.plan.tiles - 1), turn
-
-    def tile(self, index: Any) -> Any:
-        """Tile of a step of the loop, perhaps beyond the last one."""
-        return t.add(self.block, t.mul(self.ordinal(index), self.plan.grid))
+        return t.least(tile, self.plan.tiles - 1), turn
 
     def ordinal(self, index: Any) -> Any:
         """Which of this block's tiles it is."""
@@ -123,18 +113,14 @@ class Thread:
         return self.grid.load_rows(self.place(index)[0]) if self.grid and self.plan.groups == 1 else []
 
     def load(self, index: Any, step: int) -> dict[str, Any]:
-        """Words of a block; if groups of columns have scales and zero points, also those of every segment.
-
-        Beyond the last tile nothing is used; beyond the last block, codes meet inputs of zero.
-        """
+        """Words of a block; if groups of columns have scales and zero points, also those of every segment."""
         plan = self.plan
         tile, turn = self.place(index)
         block, chunk = self.chunk(turn, step)
-        exists = t.less(self.tile(index), plan.tiles)
         if plan.repeats:
-            exists = t.both(exists, t.less(block, plan.blocks))
+            block = t.least(block, plan.blocks - 1)
         side = tiles.load_words(plan.bits)
-        words = [word for address in self.words(tile, block) for word in h.stream_if(exists, address, side)]
+        words = [word for address in self.words(tile, block) for word in h.stream(address, side)]
         segments = []
         if plan.groups > 1:
             for start in range(0, plan.width, plan.segment):
