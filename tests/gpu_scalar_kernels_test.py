@@ -41,7 +41,7 @@ def in_numpy(monkeypatch):
     def call(plan, arrays):
         threads = Threads(32 * plan.warps)
         for module in ("gpu_thread", "gpu_grid", "gpu_table"):
-            for name in "th":
+            for name in "tw":
                 monkeypatch.setattr(f"jaxquant.kernels.uniform_matmul.{module}.{name}", threads)
         memory = {name: np.array(array).reshape(-1).view(np.uint8) for name, array in arrays.items()}
         memory["y"] = np.full(plan.tokens * plan.out * plan.size("y"), 255, np.uint8)

@@ -1,4 +1,4 @@
-"""A GPU's block of threads in numpy: what `gpu_threads` and `gpu_halves` emit as code, done at once for all threads.
+"""A GPU's block of threads in numpy: what `gpu_threads` and `gpu_words` emit as code, done at once for all threads.
 
 A value is an array with an element per thread, an address a buffer and a byte offset per thread. Threads go together, so
 there are no races; a thread that reads or writes beyond a buffer is an error.
@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-THOUSAND = 1024.0
-
 
 class Threads:
     """Stands for both modules.
@@ -19,8 +17,6 @@ class Threads:
     Args:
       count: threads of a block.
     """
-
-    THOUSAND = THOUSAND
 
     def __init__(self, count):
         self.count = count
@@ -98,25 +94,12 @@ class Threads:
     def float_of(self, x):
         return x.view(np.float32)
 
-    @staticmethod
-    def pair(value):
-        half = np.float16(value)
-        assert half == value
-        return int(half.view(np.uint16)) * 0x10001
-
     def cut(self, x, mask, over):
         return (x & np.uint32(mask)) | self.i32(over)
 
     def halves(self, x):
         """float16 [threads, 2] of words."""
         return np.ascontiguousarray(self.i32(x)).view(np.float16).reshape(self.count, 2)
-
-    def add_pairs(self, a, b):
-        return self.scale_pairs(a, 1.0, b)
-
-    def scale_pairs(self, a, factor, b):
-        result = self.halves(a).astype(np.float64) * factor + self.halves(b).astype(np.float64)
-        return result.astype(np.float16).view(np.uint32)[:, 0]
 
     def permute(self, low, high, selector):
         data = np.stack([self.i32(low), self.i32(high)], axis=1).view(np.uint8).reshape(self.count, 8)

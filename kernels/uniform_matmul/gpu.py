@@ -1,13 +1,12 @@
 """Scalar codes on a GPU for few tokens, by Pallas Mosaic GPU: codes go from global memory to the matrix unit in registers.
 
-The codes lie as the matrix unit's operands do (see `tiles`), so a thread loads 16 bytes and makes them pairs of float16
-weights, two at a time; the matrix unit multiplies 16 outputs of weights with up to 8 rows of inputs, whatever the number
-of tokens. One block of threads runs on a multiprocessor, has all inputs in shared memory, and goes through tiles of 16
-outputs; its warps divide the columns, each with the codes of its next tile already on the way. The warps' sums are added
-up in a fixed order.
+The codes lie as the matrix unit's operands do (see `tiles`): a thread loads 16 bytes and makes them operands, bytes of codes
+on uniform grids (`gpu_grid`) or pairs of float16 levels of a table (`gpu_table`). The matrix unit multiplies 16 outputs of
+weights with 8 columns of inputs at once, so a few tokens cost little more than one. One block of threads runs on a
+multiprocessor, has all inputs in shared memory, and goes through tiles of 16 outputs; its warps divide the columns, each
+with the codes of its next tile already on the way. The warps' sums are added up in a fixed order.
 
-Inputs become float16 numbers times a power of two, one per token, that brings the largest to 2**14; what that leaves of
-float32 makes a second row.
+The time is that of reading the codes and, with tables, of as many bytes of lookups in shared memory.
 """
 
 import functools
@@ -99,7 +98,7 @@ def uniform_matmul(
     """Returns x @ W.T for uniform grids, [tokens, out] of `dtype`; sums are float32 and always in the same order.
 
     Args:
-      x: float [tokens, in]; up to 8 tokens, of float32 4, cost the time of one.
+      x: float [tokens, in]; inputs are exact to 2**-22 of a token's largest.
       words: see `tiles.to_tiles`, not for tables.
       scale: float [groups, out]; with more than one group, a group is a multiple of 32 columns.
       zero: uint32 [groups, out * bits / 32, rounded up], codes packed along out; or None for 2**(bits - 1).

@@ -36,7 +36,7 @@ class Plan:
     Attributes:
       config: division of the work.
       bits: of a code.
-      tokens: at most MOST_ROWS / parts.
+      tokens: at most MOST_ROWS, with tables MOST_ROWS / parts.
       parts: float16 numbers that make an input, with tables.
       columns: of x, a multiple of 8.
       out: outputs.

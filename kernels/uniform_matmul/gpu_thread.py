@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant.kernels import gpu_halves as h
 from jaxquant.kernels import gpu_threads as t
+from jaxquant.kernels import gpu_words as w
 from jaxquant.kernels.uniform_matmul import gpu_grid, gpu_table, tiles
 from jaxquant.kernels.uniform_matmul.gpu_plan import WARPGROUP, Plan
 
@@ -25,7 +25,7 @@ class Thread:
     def __init__(self, plan: Plan, block: Any, refs: dict[str, Any]):
         self.plan, self.block, self.refs = plan, block, refs
         self.thread, self.warp = t.thread_index(), t.warp_index()
-        self.warpgroup = h.shift_right(self.warp, 2)
+        self.warpgroup = w.shift_right(self.warp, 2)
         lane = t.bits_and(self.thread, 31)
         self.table = gpu_table.Table(plan, refs, lane, self.warp) if plan.table else None
         self.grid = None if plan.table else gpu_grid.Grid(plan, refs, lane)
@@ -33,7 +33,7 @@ class Thread:
 
     def run(self) -> None:
         """Everything."""
-        plan, first = self.plan, h.i32(0)
+        plan, first = self.plan, w.i32(0)
         loaded = self.load_rows(first), [self.load(first, step) for step in range(plan.steps)]
         self.prepare_inputs()
         if self.table:
@@ -56,13 +56,13 @@ class Thread:
             if plan.turns == 1:
                 self.finish(index, rows, sums)
                 return new, zeros
-            last = h.equal(self.place(index)[1], plan.turns - 1)
+            last = w.equal(self.place(index)[1], plan.turns - 1)
             with t.when(last):
                 self.finish(index, rows, sums)
             return new, jax.tree.map(lambda zero, total: t.select(last, zero, total), zeros, sums)
 
         own_tiles = t.div(t.sub(plan.tiles + plan.grid - 1, self.block), plan.grid)
-        h.loop(t.mul(own_tiles, plan.turns), one_turn, (loaded, self.weights.zeros()))
+        w.loop(t.mul(own_tiles, plan.turns), one_turn, (loaded, self.weights.zeros()))
 
     def product(self, block: dict[str, Any], index: Any, step: int, sums: Any) -> Any:
         """Adds the product of this warp's chunk of a block and its inputs."""
@@ -74,7 +74,7 @@ class Thread:
     def place(self, index: Any) -> tuple[Any, Any]:
         """Tile and turn of a step of the loop; what follows the last tile is the last tile."""
         tile = t.add(self.block, t.mul(self.ordinal(index), self.plan.grid))
-        turn = h.i32(0) if self.plan.turns == 1 else t.rem(index, self.plan.turns)
+        turn = w.i32(0) if self.plan.turns == 1 else t.rem(index, self.plan.turns)
         return t.least(tile, self.plan.tiles - 1), turn
 
     def ordinal(self, index: Any) -> Any:
@@ -101,12 +101,12 @@ class Thread:
 
     def prefetch(self) -> None:
         """Fetches the first codes into the second cache."""
-        tile, turn = self.place(h.i32(0))
-        with t.when(h.equal(t.bits_and(self.thread, 7), 0)):  # a line is 128 bytes, or 64 of codes of 3 bits
+        tile, turn = self.place(w.i32(0))
+        with t.when(w.equal(t.bits_and(self.thread, 7), 0)):  # a line is 128 bytes, or 64 of codes of 3 bits
             for step in range(self.plan.steps):
                 block, _ = self.chunk(turn, step)
                 for address in self.words(tile, t.least(block, self.plan.blocks - 1)):
-                    h.prefetch(address)
+                    w.prefetch(address)
 
     def load_rows(self, index: Any) -> list[Any]:
         """Zero points of whole rows."""
@@ -120,7 +120,7 @@ class Thread:
         if plan.repeats:
             block = t.least(block, plan.blocks - 1)
         side = tiles.load_words(plan.bits)
-        words = [word for address in self.words(tile, block) for word in h.stream(address, side)]
+        words = [word for address in self.words(tile, block) for word in w.stream(address, side)]
         segments = []
         if plan.groups > 1:
             for start in range(0, plan.width, plan.segment):
@@ -141,23 +141,23 @@ class Thread:
             return [t.select(t.less(start, plan.columns), value, t.number(0.0)) for value in values]
 
         for token in range(plan.tokens):
-            largest = h.i32(0)
+            largest = w.i32(0)
             for start in starts:
                 for value in inputs(token, start):
-                    largest = h.most(largest, t.bits_and(h.bits_of(value), 0x7FFFFFFF))
+                    largest = w.most(largest, t.bits_and(w.bits_of(value), 0x7FFFFFFF))
             place = t.mul(t.add(self.warp, token * plan.warps), 4)
-            h.store_together([h.most_of_warp(largest)], t.at(self.refs["largest"], place))
+            w.store_together([w.most_of_warp(largest)], t.at(self.refs["largest"], place))
         t.block_barrier()
         top = gpu_table.TOP if plan.table else gpu_grid.TOP
         for token in range(plan.tokens):
-            largest = h.i32(0)
+            largest = w.i32(0)
             for warp in range(plan.warps):
-                (other,) = h.load_words(t.at(self.refs["largest"], 4 * (token * plan.warps + warp)))
-                largest = h.most(largest, other)
+                (other,) = w.load_words(t.at(self.refs["largest"], 4 * (token * plan.warps + warp)))
+                largest = w.most(largest, other)
             # The largest's exponent, biased by 127; no power of two below overflows. Infinite ones make the product NaN.
-            exponent = h.most(h.shift_right(largest, 23), 32)
-            inverse = h.float_of(h.shift_left(t.sub(2 * 127 + top, exponent), 23))
-            factor = h.float_of(h.shift_left(t.sub(exponent, top), 23))
+            exponent = w.most(w.shift_right(largest, 23), 32)
+            inverse = w.float_of(w.shift_left(t.sub(2 * 127 + top, exponent), 23))
+            factor = w.float_of(w.shift_left(t.sub(exponent, top), 23))
             factor = t.select(t.less(exponent, 255), factor, t.number(math.nan))
             t.store(factor, t.at(self.refs["factors"], 4 * token))
             for start in starts:
@@ -171,9 +171,9 @@ class Thread:
         values = self.grid.collect(sums, rows) if self.grid else self.table.collect(sums)
         size = 32 * plan.values
         all_sums = t.at(self.refs["sums"], t.mul(self.parity(index), 4 * size * plan.warps))
-        h.store_together(values, t.at(all_sums, t.mul(self.thread, 4 * plan.values)))
+        w.store_together(values, t.at(all_sums, t.mul(self.thread, 4 * plan.values)))
         t.block_barrier()
-        with t.when(h.equal(t.rem(self.ordinal(index), plan.config.warpgroups), self.warpgroup)):
+        with t.when(w.equal(t.rem(self.ordinal(index), plan.config.warpgroups), self.warpgroup)):
             thread = t.bits_and(self.thread, WARPGROUP - 1)
             for first in range(0, size, WARPGROUP):
                 self.add_up(index, t.add(thread, first), all_sums, size)

@@ -1,4 +1,4 @@
-"""What a thread of a GPU does with words of bytes and of pairs of float16 numbers, beside what `gpu_threads` has.
+"""What a thread of a GPU does with words of bytes and of pairs of float16 numbers, in addition to `gpu_threads`.
 
 As there, every function emits code at the current insertion point, and a Python integer is a constant.
 """
@@ -7,15 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from jaxquant.kernels import gpu_threads as t
-
-THOUSAND = 1024.0  # the last 10 bits of this float16 number are an integer to be added
-
 
 Int = t.Int
 
@@ -50,29 +46,9 @@ def signed(bits: int) -> int:
     return bits - (bits >> 31 << 32)
 
 
-def pair(value: float) -> int:
-    """Bits of two equal numbers, which must be float16 numbers."""
-    half = np.float16(value)
-    if half != value:
-        raise ValueError(f"expected a number of float16, got {value}")
-    return int((np.uint32(half.view(np.uint16)) * np.uint32(0x10001)).view(np.int32))
-
-
 def cut(x: ir.Value, mask: int, over: Int) -> ir.Value:
     """`(x & mask) | over` in one instruction."""
     return utils.inline_ptx(f"lop3.b32 $0, $1, {mask:#x}, $2, 0xEA;", x, i32(over), result_types=word())
-
-
-def add_pairs(a: ir.Value, b: Int) -> ir.Value:
-    """Sums."""
-    return utils.inline_ptx("add.rn.f16x2 $0, $1, $2;", a, i32(b), result_types=word())
-
-
-def scale_pairs(a: ir.Value, factor: float, b: Int) -> ir.Value:
-    """`a * factor + b`, rounded once."""
-    if factor == 1:
-        return add_pairs(a, b)
-    return utils.inline_ptx("fma.rn.f16x2 $0, $1, $2, $3;", a, i32(pair(factor)), i32(b), result_types=word())
 
 
 def mma(a: Sequence[ir.Value], b: Sequence[ir.Value], c: Sequence[ir.Value]) -> list[ir.Value]:
