@@ -108,7 +108,7 @@ def has_scalar_codes(tensor: Any) -> TypeGuard[UniformTensor | CodebookTensor]:
     return tensor.vector == (1, 1) and tensor.blocks == (tensor.shape[0], 1)
 
 
-def worth_tiles(tensor: QuantizedTensor) -> bool:
+def worth_tiles(tensor: QuantizedTensor) -> TypeGuard[UniformTensor | CodebookTensor]:
     """True where the kernel would read the layout, and few columns are not padded to many."""
     if not has_scalar_codes(tensor):
         return False
