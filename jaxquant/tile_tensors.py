@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 
@@ -99,7 +99,7 @@ def tile_tensor(tensor: UniformTensor | CodebookTensor) -> UniformTileTensor | L
     return LevelTileTensor(words, tensor.codebooks, tensor.scale, bits, *tensor.shape)
 
 
-def has_scalar_codes(tensor: Any) -> bool:
+def has_scalar_codes(tensor: Any) -> TypeGuard[UniformTensor | CodebookTensor]:
     """True for uniform grids, and for one table of levels per row, of as many bits as the layout holds."""
     if isinstance(tensor, UniformTensor):
         return tensor.bits in TILE_BITS
@@ -108,7 +108,7 @@ def has_scalar_codes(tensor: Any) -> bool:
     return tensor.vector == (1, 1) and tensor.blocks == (tensor.shape[0], 1)
 
 
-def worth_tiles(tensor: QuantizedTensor) -> bool:
+def worth_tiles(tensor: QuantizedTensor) -> TypeGuard[UniformTensor | CodebookTensor]:
     """True where the kernel would read the layout, and few columns are not padded to many."""
     if not has_scalar_codes(tensor):
         return False

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jaxquant.kernels import gpu_threads as t
 
-Int = t.Int
+Int = Any  # a value of 32 bits, or an int
 
 
 def word() -> ir.Type:
@@ -112,13 +112,13 @@ def load_short(address: ir.Value) -> ir.Value:
 def store_together(values: Sequence[ir.Value], address: ir.Value) -> None:
     """Writes words or numbers side by side, aligned to all of them together."""
     kind = values[0].type
-    vector = utils.vector.from_elements(ir.VectorType.get((len(values),), kind), list(values))
-    llvm.store(vector, address, alignment=len(values) * kind.width // 8)
+    together = vector.from_elements(ir.VectorType.get((len(values),), kind), list(values))
+    llvm.store(together, address, alignment=len(values) * kind.width // 8)
 
 
-def _elements(vector: ir.Value) -> list[ir.Value]:
-    count = ir.VectorType(vector.type).shape[0]
-    return [utils.vector.extract(vector, dynamic_position=[], static_position=[i]) for i in range(count)]
+def _elements(values: ir.Value) -> list[ir.Value]:
+    count = ir.VectorType(values.type).shape[0]
+    return [vector.extract(values, dynamic_position=[], static_position=[i]) for i in range(count)]
 
 
 def store_byte(x: ir.Value, address: ir.Value) -> None:

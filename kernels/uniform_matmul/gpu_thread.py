@@ -27,9 +27,9 @@ class Thread:
         self.thread, self.warp = t.thread_index(), t.warp_index()
         self.warpgroup = w.shift_right(self.warp, 2)
         lane = t.bits_and(self.thread, 31)
-        self.table = gpu_table.Table(plan, refs, lane, self.warp) if plan.table else None
-        self.grid = None if plan.table else gpu_grid.Grid(plan, refs, lane)
-        self.weights: Any = self.table or self.grid
+        self.table: Any = gpu_table.Table(plan, refs, lane, self.warp) if plan.table else None
+        self.grid: Any = None if plan.table else gpu_grid.Grid(plan, refs, lane)
+        self.weights = self.table or self.grid
 
     def run(self) -> None:
         """Everything."""
