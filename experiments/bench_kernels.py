@@ -2,11 +2,15 @@
 
 For each shape, batch and format: a dense product, making the weight dense and multiplying, and our kernel, with the time
 that reading the weight's bytes takes at the memory's bandwidth. Weights rotate through copies that together outgrow the
-caches, because a model's layers do; a figure is the median over passes through all copies, divided by their number.
+caches, because a model's layers do. Many calls are one program, as a model's are, and several programs are queued, so
+that the host's part does not count; a figure is the median over passes, divided by their calls.
+
+Runs with other arguments add their rows to the device's file; a row that was there is replaced.
 """
 
 import dataclasses
 import functools
+import json
 import statistics
 import sys
 import time
@@ -28,6 +32,7 @@ from jaxquant.tensors import QuantizedTensor
 
 RESULTS = Path(__file__).parent / "results" / "kernels"
 SHAPES = ((4096, 4096), (4096, 14336), (8192, 28672))
+KEY = ("format", "k", "n", "batch", "implementation", "dtype")  # of a row
 BANDWIDTH = {"NVIDIA H200": 4.3e12, "TPU v5 lite": 8.19e11, "TPU v6 lite": 1.64e12}  # bytes per second
 
 
@@ -39,7 +44,10 @@ class Arguments:
       shapes: K x N, inputs and outputs, such as 4096x4096.
       batches: tokens.
       formats: names of FORMATS.
+      implementations: of "dense", "reference" and "kernel", the device's own.
       cache: bytes that the copies of a weight must exceed together.
+      calls: products in a program, at least; it goes through the copies as often as that takes.
+      seconds: length of a pass, for which programs are queued; at least one is.
       passes: timed passes.
       bandwidth: bytes per second of the memory; by default that of known devices, else no floor is given.
       results: folder for the result.
@@ -48,16 +56,19 @@ class Arguments:
     shapes: tuple[str, ...] = tuple(f"{k}x{n}" for k, n in SHAPES)
     batches: tuple[int, ...] = (1, 4, 16, 64)
     formats: tuple[str, ...] = ("2x8", "uniform 4-bit", "uniform 3-bit", "uniform 2-bit", "16 levels")
+    implementations: tuple[str, ...] = ("dense", "reference", "kernel")
     cache: int = 2**28
-    passes: int = 20
+    calls: int = 32
+    seconds: float = 0.02
+    passes: int = 10
     bandwidth: float | None = None
     results: Path = RESULTS
 
 
-def additive(key: jax.Array, k: int, n: int) -> CodebookTensor:
-    """Random additive codes: two codebooks of 256 vectors of 8."""
-    codes = jax.random.bits(key, (2, n, k // 8), jnp.uint8)
-    books = jax.random.normal(key, (2, 256 * 8), jnp.float16)
+def additive(count: int, key: jax.Array, k: int, n: int) -> CodebookTensor:
+    """Random additive codes: codebooks of 256 vectors of 8."""
+    codes = jax.random.bits(key, (count, n, k // 8), jnp.uint8)
+    books = jax.random.normal(key, (count, 256 * 8), jnp.float16)
     return CodebookTensor(pack(codes, 8), books, jnp.ones((n, 1), jnp.float16), (1, 1), (1, 8))
 
 
@@ -75,7 +86,9 @@ def levels(bits: int, key: jax.Array, k: int, n: int) -> CodebookTensor:
 
 
 FORMATS: dict[str, Callable[..., QuantizedTensor]] = {
-    "2x8": additive,
+    "1x8": functools.partial(additive, 1),
+    "2x8": functools.partial(additive, 2),
+    "4x8": functools.partial(additive, 4),
     "uniform 4-bit": functools.partial(uniform, 4),
     "uniform 3-bit": functools.partial(uniform, 3),
     "uniform 2-bit": functools.partial(uniform, 2),
@@ -83,16 +96,28 @@ FORMATS: dict[str, Callable[..., QuantizedTensor]] = {
 }
 
 
-def microseconds(function: Callable[..., Any], x: jax.Array, weights: list[Any], passes: int) -> float:
-    """Median time of one call over passes through all weights."""
-    compiled = jax.jit(function)
-    jax.block_until_ready([compiled(x, weight) for weight in weights])
-    times = []
-    for _ in range(passes):
+def microseconds(function: Callable[..., Any], x: jax.Array, weights: list[Any], args: Arguments) -> float:
+    """Median time of one call of `function(x, weight)`."""
+    rounds = -(-args.calls // len(weights))
+
+    @jax.jit
+    def run(x, weights):
+        results = []
+        for weight in weights * rounds:
+            # Inputs wait for the result before: calls neither run at once nor become one.
+            x, y = jax.lax.optimization_barrier((x, function(x, weight)))
+            results.append(y)
+        return results
+
+    def took(programs: int) -> float:
         began = time.perf_counter()
-        jax.block_until_ready([compiled(x, weight) for weight in weights])
-        times.append(time.perf_counter() - began)
-    return statistics.median(times) / len(weights) * 1e6
+        jax.block_until_ready([run(x, weights) for _ in range(programs)])
+        return time.perf_counter() - began
+
+    took(1)  # compiles
+    programs = max(1, round(args.seconds / took(1)))
+    seconds = statistics.median(took(programs) for _ in range(args.passes))
+    return seconds / (programs * rounds * len(weights)) * 1e6
 
 
 def rows(args: Arguments) -> Iterator[dict[str, Any]]:
@@ -112,11 +137,12 @@ def rows(args: Arguments) -> Iterator[dict[str, Any]]:
             ]
             for batch in args.batches:
                 x = jnp.asarray(np.random.default_rng(0).standard_normal((batch, k)), dtype)
-                cases: dict[str, tuple[Any, list[Any]]] = {"dense": (None, dense), "reference": ("reference", packed)}
-                kernel = platform if supports(packed[0], platform, tokens=batch) is None else None
-                if kernel is not None:
-                    cases[kernel] = (kernel, packed)
-                for implementation, (chosen, weights) in cases.items():
+                cases: dict[str, list[Any]] = {"dense": dense, "reference": packed}
+                if supports(packed[0], platform, tokens=batch) is None:
+                    cases["kernel"] = packed
+                for case in (case for case in args.implementations if case in cases):
+                    implementation, weights = platform if case == "kernel" else case, cases[case]
+                    chosen: Any = "reference" if case == "dense" else implementation
                     function = functools.partial(matmul, implementation=chosen)
                     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights[0]))
                     yield {
@@ -126,7 +152,7 @@ def rows(args: Arguments) -> Iterator[dict[str, Any]]:
                         "batch": batch,
                         "implementation": implementation,
                         "default": implementation == choose(packed[0], tokens=batch),
-                        "microseconds": microseconds(function, x, weights, args.passes),
+                        "microseconds": microseconds(function, x, weights, args),
                         "floor_microseconds": None if bandwidth is None else size / bandwidth * 1e6,
                         "bytes": size,
                         "dtype": x.dtype.name,
@@ -137,22 +163,28 @@ def _copies(cache: int, size: int) -> int:
     return max(2, -(-cache // size))
 
 
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of both, new ones in place of old ones of the same measurement, in order."""
+    by_key = {tuple(row[name] for name in KEY): row for row in [*old, *new]}
+    return [by_key[key] for key in sorted(by_key)]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints and stores."""
     args = tyro.cli(Arguments, args=arguments)
     if unknown := set(args.formats) - set(FORMATS):
         print(f"error: formats: expected some of {', '.join(FORMATS)}, got {sorted(unknown)}", file=sys.stderr)
         return 1
-    measured = []
+    name = jax.devices()[0].device_kind.replace(" ", "_").replace("/", "_")
+    file = args.results / f"{name}.json"
+    args.results.mkdir(parents=True, exist_ok=True)
+    origin = {"environment": environment(), "commit": commit()}
     for row in rows(args):
-        measured.append(row)
+        held = json.loads(file.read_text())["rows"] if file.exists() else []
+        write_json(file, {"rows": merged(held, [row | origin])})  # at once: a run may be cut short
         floor = "" if row["floor_microseconds"] is None else f"   floor {row['floor_microseconds']:.1f} us"
         what = f"{row['format']:14} {row['k']} x {row['n']} batch {row['batch']:3} {row['implementation']:10}"
         print(f"{what} {row['microseconds']:10.1f} us{floor}", flush=True)
-    result = {"environment": environment(), "commit": commit(), "rows": measured}
-    name = jax.devices()[0].device_kind.replace(" ", "_").replace("/", "_")
-    args.results.mkdir(parents=True, exist_ok=True)
-    write_json(args.results / f"{name}.json", result)
     return 0
 
 

@@ -18,10 +18,12 @@ from jaxquant.kernels.codebook_matmul import api as codebook_api
 from jaxquant.kernels.uniform_matmul import api as uniform_api
 from jaxquant.outliers import ColumnOutlierTensor
 from jaxquant.serving import (
+    BankedTensor,
     LevelWordTensor,
     LookupTensor,
     ServingTensor,
     UniformWordTensor,
+    banked_tensor,
     has_row_levels,
     lookup_tensor,
     word_tensor,
@@ -35,8 +37,11 @@ from jaxquant.tensors import (
     dense,
     unpack_order,
 )
+from jaxquant.tile_tensors import LevelTileTensor, UniformTileTensor, has_scalar_codes, tile_tensor
 
 Implementation = Literal["reference", "cpu", "tpu", "gpu"]
+# The GPU kernels for more tokens run when they are asked for, until tests/gpu_decode_test.py has passed on a GPU.
+_GPU_CHOICE_TOKENS = 8
 
 
 def matmul(
@@ -93,11 +98,18 @@ def supports(weight: Any, implementation: str, *, tokens: int = 1) -> str | None
 def choose(weight: Any, *, tokens: int = 1) -> Implementation:
     """The implementation that `matmul` uses where none is asked for."""
     leaves = [leaf for leaf in _leaves(weight) if isinstance(leaf, QuantizedTensor)]
-    if leaves and all(isinstance(leaf, ServingTensor) for leaf in leaves):
-        for kernel in ("cpu", "tpu", "gpu"):
-            if kernel == jax.default_backend() and supports(weight, kernel, tokens=tokens) is None:
-                return kernel
+    if jax.default_backend() == "gpu" and tokens > _GPU_CHOICE_TOKENS:
+        return "reference"
+    for kernel in ("cpu", "tpu", "gpu"):
+        if leaves and kernel == jax.default_backend() and all(_lies_for(leaf, kernel) for leaf in leaves):
+            return kernel if supports(weight, kernel, tokens=tokens) is None else "reference"
     return "reference"
+
+
+def _lies_for(weight: Any, kernel: str) -> bool:
+    """True for a layout that the kernel of a platform reads as it is."""
+    ours = isinstance(weight, (BankedTensor, UniformTileTensor, LevelTileTensor))
+    return isinstance(weight, ServingTensor) and (ours if kernel == "gpu" else not ours)
 
 
 def _leaves(weight: Any) -> Iterator[Any]:
@@ -114,15 +126,15 @@ def _leaves(weight: Any) -> Iterator[Any]:
 def _leaf_reason(weight: Any, implementation: str, tokens: int) -> str | None:
     if not isinstance(weight, QuantizedTensor):
         return None  # a dense part needs no kernel
-    if isinstance(weight, (UniformTensor, UniformWordTensor)):
-        groups = weight.scale.shape[-1]
+    if isinstance(weight, (UniformTensor, UniformWordTensor, UniformTileTensor)):
+        groups = weight.scale.shape[-2 if isinstance(weight, UniformTileTensor) else -1]
         group = None if groups == 1 else weight.shape[1] // groups
         return uniform_api.supports(
             implementation, bits=weight.bits, group=group, columns=weight.shape[1], tokens=tokens
         )
-    if isinstance(weight, (CodebookTensor, LookupTensor, LevelWordTensor)):
+    if isinstance(weight, (CodebookTensor, LookupTensor, BankedTensor, LevelWordTensor, LevelTileTensor)):
         scale = None if weight.scale is None else weight.scale.shape
-        if isinstance(weight, LevelWordTensor) or _by_levels(weight, implementation):
+        if isinstance(weight, (LevelWordTensor, LevelTileTensor)) or _by_levels(weight, implementation):
             return uniform_api.supports_levels(implementation, scale=scale, columns=weight.shape[1], tokens=tokens)
         packed = isinstance(weight, CodebookTensor)
         vector, count = weight.vector if packed else (1, weight.dimension), weight.num_codebooks
@@ -140,7 +152,7 @@ def _leaf_reason(weight: Any, implementation: str, tokens: int) -> str | None:
 
 def _by_levels(weight: Any, implementation: str) -> bool:
     """True where the kernel for levels per row is the one to use."""
-    return implementation == "tpu" and isinstance(weight, CodebookTensor) and has_row_levels(weight)
+    return implementation in ("tpu", "gpu") and isinstance(weight, CodebookTensor) and has_row_levels(weight)
 
 
 def _reference(x: jax.Array, weight: Any) -> jax.Array:
@@ -149,7 +161,7 @@ def _reference(x: jax.Array, weight: Any) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _by_kernel(x: jax.Array, weight: Any, implementation: str) -> jax.Array:
-    y = _product(x.reshape(-1, x.shape[-1]), weight, implementation)
+    y = _product(x.reshape(-1, x.shape[-1]), weight, implementation, x.dtype)
     return y.astype(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -165,13 +177,17 @@ def _by_kernel_backward(implementation: str, saved: Any, gradient: jax.Array) ->
 _by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
 
 
-def _product(x: jax.Array, weight: Any, implementation: str) -> jax.Array:
-    """Returns x @ weight.T, float [tokens, out], for x [tokens, in]; sums over parts are float32."""
+def _product(x: jax.Array, weight: Any, implementation: str, dtype: Any = jnp.float32) -> jax.Array:
+    """Returns x @ weight.T, float [tokens, out], for x [tokens, in]; sums over parts are float32.
+
+    `dtype` is what becomes of the result in the end: a kernel that can write it saves a conversion.
+    """
     if isinstance(weight, ConcatTensor):
         return _concat(x, weight, implementation)
     if isinstance(weight, ColumnTensor):
         x = x.astype(jnp.float32) if weight.order is None else x.astype(jnp.float32)[:, unpack_order(weight.order)]
-        return _product(x if weight.scale is None else x * weight.scale.dense()[None, :], weight.base, implementation)
+        x = x if weight.scale is None else x * weight.scale.dense()[None, :]
+        return _product(x, weight.base, implementation, dtype)
     if isinstance(weight, OutlierTensor):
         base = _product(x, weight.base, implementation).astype(jnp.float32)
         place = weight.positions()
@@ -181,7 +197,7 @@ def _product(x: jax.Array, weight: Any, implementation: str) -> jax.Array:
         base = _product(x, weight.base, implementation).astype(jnp.float32)
         x = jnp.take(x.astype(jnp.float32), weight.columns.astype(jnp.int32), axis=1, mode="fill", fill_value=0)
         return base + jnp.einsum("tk,ok->to", x, weight.values.astype(jnp.float32))
-    return _leaf(x, weight, implementation)
+    return _leaf(x, weight, implementation, dtype)
 
 
 def _concat(x: jax.Array, weight: ConcatTensor, implementation: str) -> jax.Array:
@@ -198,7 +214,22 @@ def _concat(x: jax.Array, weight: ConcatTensor, implementation: str) -> jax.Arra
     return y
 
 
-def _leaf(x: jax.Array, weight: Any, implementation: str) -> jax.Array:
+def _leaf(x: jax.Array, weight: Any, implementation: str, dtype: Any) -> jax.Array:
+    if isinstance(weight, ServingTensor) and not _lies_for(weight, implementation):
+        weight = weight.original()  # the layout of another platform
+    if implementation == "gpu" and has_scalar_codes(weight):
+        weight = tile_tensor(weight)
+    if isinstance(weight, UniformTileTensor):
+        zero = None if weight.zero is None else weight.zero.words
+        return uniform_api.uniform_tile_matmul(x, weight.words, weight.scale, zero, bits=weight.bits, dtype=dtype)
+    if isinstance(weight, LevelTileTensor):
+        levels = dense(weight.levels)
+        return uniform_api.level_tile_matmul(x, weight.words, levels, weight.scale, bits=weight.bits, dtype=dtype)
+    if isinstance(weight, CodebookTensor) and implementation == "gpu":
+        weight = banked_tensor(weight)
+    if isinstance(weight, BankedTensor):
+        settings: dict[str, Any] = {"dimension": weight.dimension, "dtype": dtype}
+        return codebook_api.banked_matmul(x, weight.words, dense(weight.codebooks), weight.scale, **settings)
     if isinstance(weight, UniformTensor):
         weight = word_tensor(weight)
     if isinstance(weight, CodebookTensor):
@@ -209,7 +240,7 @@ def _leaf(x: jax.Array, weight: Any, implementation: str) -> jax.Array:
     if isinstance(weight, LevelWordTensor):
         return uniform_api.level_matmul(x, weight.words, dense(weight.levels), weight.scale, bits=weight.bits)
     if isinstance(weight, LookupTensor):
-        settings: dict[str, Any] = {"blocks": weight.blocks, "dimension": weight.dimension}
+        settings = {"blocks": weight.blocks, "dimension": weight.dimension}
         settings |= {"out": weight.rows, "implementation": implementation}
         return codebook_api.codebook_matmul(x, weight.slots, dense(weight.codebooks), weight.scale, **settings)
     return _reference(x, weight)

@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.codebook_tensor import ColumnTensor
+from jaxquant.kernels.codebook_matmul import api as codebook_api
 from jaxquant.kernels.codebook_matmul import layout as slot_layout
 from jaxquant.kernels.uniform_matmul import layout as word_layout
 from jaxquant.outliers import ColumnOutlierTensor
 from jaxquant.packing import PackedArray, pack
+from jaxquant.serving_tensor import ServingTensor as ServingTensor
 from jaxquant.tensors import (
     CodebookTensor,
     ConcatTensor,
@@ -27,6 +29,7 @@ from jaxquant.tensors import (
     UniformTensor,
     is_quantized,
 )
+from jaxquant.tile_tensors import tile_tensor, worth_tiles
 
 WORD_BITS = (2, 3, 4, 8)
 # Lines of half words for one product of a TPU's matrix unit; few columns are not worth padding to so many.
@@ -34,23 +37,6 @@ _LINES, _FEW_COLUMNS, _FEWEST_LINES = 64, 512, 16
 # Rows of slots at a distance of a multiple of 1024 bytes push each other out of a CPU's first cache (8 ways of 4 KiB):
 # 5 times slower at 4096 outputs, so such rows are a cache line longer.
 _ALIASED, _CACHE_LINE = 1024, 64
-
-
-class ServingTensor(QuantizedTensor):
-    """A tensor in a kernel's layout."""
-
-    def original(self) -> QuantizedTensor:
-        """Returns the tensor that this one was made from, bit for bit."""
-        raise NotImplementedError
-
-    def dequantize(self) -> jax.Array:
-        """Returns the dense weight, float32 [out, in]."""
-        return self.original().dequantize()
-
-    @property
-    def format(self) -> str:
-        """Short description for tables."""
-        return jax.eval_shape(self.original).format + ", kernel layout"
 
 
 @functools.partial(
@@ -94,6 +80,49 @@ class LookupTensor(ServingTensor):
         slots = self.slots[:, : self.rows]
         codes = pack(slot_layout.from_slots(slots, self.num_codebooks), self.bits)
         return CodebookTensor(codes, self.codebooks, self.scale, self.blocks, (1, self.dimension))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["words", "codebooks", "scale"],
+    meta_fields=["dimension", "num_codebooks", "bits", "columns"],
+)
+@dataclasses.dataclass(frozen=True)
+class BankedTensor(ServingTensor):
+    """A CodebookTensor of vectors along a row with codebooks for all of it, its codes as a GPU reads them.
+
+    Attributes:
+      words: uint32 [4 * sets, out, 4], see `kernels.codebook_matmul.layout.banked_words`.
+      codebooks: as in CodebookTensor.
+      scale: as in CodebookTensor.
+      dimension: d (static).
+      num_codebooks: M (static).
+      bits: width of a code in the CodebookTensor, at most 8 (static).
+      columns: in (static).
+    """
+
+    words: jax.Array
+    codebooks: Any
+    scale: jax.Array | None
+    dimension: int
+    num_codebooks: int
+    bits: int
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (out, in) of the dense weight."""
+        return self.words.shape[1], self.columns
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """As in CodebookTensor."""
+        return 1, 1
+
+    def original(self) -> CodebookTensor:
+        """Returns the CodebookTensor."""
+        codes = slot_layout.from_banked_words(self.words, self.num_codebooks, self.columns // self.dimension)
+        return CodebookTensor(pack(codes, self.bits), self.codebooks, self.scale, self.blocks, (1, self.dimension))
 
 
 @functools.partial(
@@ -177,6 +206,22 @@ def lookup_tensor(tensor: CodebookTensor, platform: str = "cpu") -> LookupTensor
     return LookupTensor(jnp.pad(codes, ((0, 0), (0, more))), tensor.codebooks, tensor.scale, *fields)
 
 
+def banked_tensor(tensor: CodebookTensor) -> BankedTensor:
+    """Lays out additive codes for a GPU.
+
+    Raises:
+      ValueError: codes of more than 8 bits, entries of several rows, or sizes that the kernel does not know.
+    """
+    if tensor.codes.bits > 8 or tensor.vector[0] != 1:
+        got = f"{tensor.codes.bits} bits, {tensor.vector[0]} rows"
+        raise ValueError(f"banked layout: expected codes of at most 8 bits and entries of one row, got {got}")
+    count, dimension = tensor.num_codebooks, tensor.vector[1]
+    if reason := codebook_api.fits_banks(count, dimension, tensor.blocks):
+        raise ValueError(f"banked layout: {reason}")
+    words = slot_layout.banked_words(tensor.codes.unpack())
+    return BankedTensor(words, tensor.codebooks, tensor.scale, dimension, count, tensor.codes.bits, tensor.shape[1])
+
+
 def word_tensor(tensor: UniformTensor | CodebookTensor) -> UniformWordTensor | LevelWordTensor:
     """Lays out scalar codes.
 
@@ -205,12 +250,23 @@ def has_row_levels(tensor: CodebookTensor) -> bool:
     return table and tensor.num_codebooks == 1 and tensor.codes.bits in (2, 3, 4)
 
 
+def _has_gpu_kernel(tensor: CodebookTensor) -> bool:
+    scale = None if tensor.scale is None else tensor.scale.shape
+    settings: dict[str, Any] = {"bits": tensor.codes.bits, "count": tensor.num_codebooks, "vector": tensor.vector}
+    settings |= {"blocks": tensor.blocks, "scale": scale, "columns": tensor.shape[1], "tokens": 1}
+    return codebook_api.supports("gpu", **settings) is None
+
+
 def _layout(tensor: QuantizedTensor, platform: str) -> QuantizedTensor:
     """The layout for a platform, or the tensor itself where no kernel would read it."""
-    if platform not in ("cpu", "tpu"):
+    if platform not in ("cpu", "tpu", "gpu"):
         return tensor
+    if platform == "gpu" and worth_tiles(tensor):
+        return tile_tensor(tensor)
     if isinstance(tensor, CodebookTensor):
         additive = tensor.codes.bits == 8 and tensor.vector[0] == 1 and tensor.vector[1] >= 4
+        if platform == "gpu":
+            return banked_tensor(tensor) if additive and _has_gpu_kernel(tensor) else tensor
         if additive and tensor.blocks[0] == 1:
             return lookup_tensor(tensor, platform)
         return word_tensor(tensor) if platform == "tpu" and has_row_levels(tensor) else tensor

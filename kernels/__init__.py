@@ -1,7 +1,7 @@
 """Kernels: decode and matmul fused, one folder per operation; installed as `jaxquant.kernels`.
 
 A kernel takes arrays only and imports nothing of jaxquant but this package. In each folder `reference.py` is the
-specification, `layout.py` says how the codes lie for the kernels, `api.py` which of them can do what, and
-`cpu.py` and `tpu.py` are the implementations. Choosing among them, gradients, and tensors made of several parts are in
-`jaxquant.ops`.
+specification, `layout.py` says how the codes lie for the kernels, `api.py` which of them can do what, and `cpu.py`,
+`tpu.py`, `gpu.py` for few tokens and `gpu_batch.py` for more are the implementations. Choosing among them, gradients,
+and tensors made of several parts are in `jaxquant.ops`.
 """

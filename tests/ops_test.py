@@ -140,7 +140,7 @@ REFUSALS = {
     "bits": (additive(size=512), "cpu", 1, "expected codes of at most 8 bits, got 9"),
     "vectors": (codebook_tensor(8, 16, 1, 8, (1, 1), (2, 2))[0], "cpu", 1, "expected entries of one row, got 2 x 2"),
     "uniform": (uniform_tensor(), "cpu", 1, "a CPU kernel for additive codes only"),
-    "part": (outliers(uniform_tensor()), "gpu", 1, "there is no GPU kernel yet"),
+    "part": (outliers(uniform_tensor(bits=5)), "gpu", 1, "expected codes of 2, 3, 4 or 8 bits, got 5"),
     "uniform bits": (uniform_tensor(bits=5), "tpu", 1, "expected codes of 2, 3, 4 or 8 bits, got 5"),
 }
 

@@ -3,9 +3,10 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-# Beyond these the tables cost more than they save.
-CPU_TOKENS, TPU_TABLE_TOKENS, TPU_TOKENS = 4, 4, 128
+# Beyond these the tables cost more than they save; on TPUs and GPUs other kernels decode then.
+CPU_TOKENS, TPU_TABLE_TOKENS, TPU_TOKENS, GPU_TOKENS = 4, 4, 128, 8
 # Decoding holds all inputs in a TPU's fast memory, once per codebook: tokens * in * M.
 TPU_INPUTS = 3_500_000
 
@@ -36,14 +37,19 @@ def supports(
     Returns:
       None if it can, otherwise the reason.
     """
-    if implementation == "gpu":
-        return "there is no GPU kernel yet"
     if bits > 8:
         return f"expected codes of at most 8 bits, got {bits}"
     if vector[0] != 1:
         return f"expected entries of one row, got {vector[0]} x {vector[1]}"
     if scale is not None and min(scale) > 1:
         return f"expected scales of rows or of columns, got scales {scale[0]} x {scale[1]}"
+    if implementation == "gpu":
+        if jax.__version_info__ < (0, 11):
+            return f"expected JAX 0.11 or newer, got {jax.__version__}"
+        if tokens > GPU_TOKENS and (vector[1] != 8 or count not in (1, 2, 4)):
+            got = f"{count} with vectors of {vector[1]}"
+            return f"expected 1, 2 or 4 codebooks with vectors of 8 beyond {GPU_TOKENS} tokens, got {got}"
+        return fits_banks(count, vector[1], blocks)
     most = CPU_TOKENS if implementation == "cpu" else TPU_TOKENS
     if tokens > most:
         return f"expected at most {most} tokens, got {tokens}; make the weight dense for many tokens"
@@ -63,6 +69,15 @@ def supports(
     return None
 
 
+def fits_banks(count: int, dimension: int, blocks: tuple[int, int]) -> str | None:
+    """Says why `count` codebooks of vectors do not fit the layout for GPUs; None if they do."""
+    if count not in (1, 2, 4, 8) or dimension not in (4, 8, 16):
+        return f"expected 1, 2, 4 or 8 codebooks with vectors of 4, 8 or 16, got {count} with vectors of {dimension}"
+    if blocks != (1, 1):
+        return f"expected codebooks for all of the weight, got {blocks[0]} x {blocks[1]} blocks"
+    return None
+
+
 def codebook_matmul(
     x: jax.Array,
     slots: jax.Array,
@@ -74,7 +89,7 @@ def codebook_matmul(
     out: int,
     implementation: str,
 ) -> jax.Array:
-    """Returns x @ W.T, float32 [tokens, out].
+    """Returns x @ W.T on a CPU or TPU, float32 [tokens, out].
 
     Args:
       x: float [tokens, in].
@@ -95,3 +110,20 @@ def codebook_matmul(
 
     product = tpu.lookup_matmul if len(x) <= TPU_TABLE_TOKENS else tpu.decode_matmul
     return product(x, slots, codebooks, scale, **settings)
+
+
+def banked_matmul(
+    x: jax.Array,
+    words: jax.Array,
+    codebooks: jax.Array,
+    scale: jax.Array | None,
+    *,
+    dimension: int,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """Returns x @ W.T by the GPU kernels, [tokens, out] of `dtype`; see `gpu.lookup_matmul`, `gpu_batch.decode_matmul`."""
+    from jaxquant.kernels.codebook_matmul import gpu, gpu_batch
+
+    if len(x) > GPU_TOKENS:
+        return gpu_batch.decode_matmul(x, words, codebooks, scale, dtype=dtype)
+    return gpu.lookup_matmul(x, words, codebooks, scale, dimension=dimension, dtype=dtype)

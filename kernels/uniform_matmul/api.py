@@ -1,10 +1,13 @@
 """Products with scalar codes in half words: which implementation can do which, and calling it."""
 
+from typing import Any
+
 import jax
 
-TPU_TOKENS = 128
+TPU_TOKENS, GPU_TOKENS = 128, 8
+GPU_COLUMNS, GPU_LEVEL_COLUMNS = 49_152, 18_432  # whose inputs, and the tables, fit in shared memory
+_NO_CPU_KERNEL = "there is a CPU kernel for additive codes only"
 TPU_INPUTS = 3_500_000  # tokens * in that fit in a TPU's fast memory
-_NO_KERNEL = {"cpu": "a CPU kernel for additive codes only", "gpu": "no GPU kernel yet"}
 
 
 def supports(implementation: str, *, bits: int, group: int | None, columns: int, tokens: int) -> str | None:
@@ -17,22 +20,23 @@ def supports(implementation: str, *, bits: int, group: int | None, columns: int,
       columns: of the weight.
       tokens: rows of x.
     """
-    if implementation != "tpu":
-        return f"there is {_NO_KERNEL[implementation]}"
+    if implementation == "cpu":
+        return _NO_CPU_KERNEL
     if bits not in (2, 3, 4, 8):
         return f"expected codes of 2, 3, 4 or 8 bits, got {bits}"
-    if group is not None and group % 16:
-        return f"expected groups of a multiple of 16 columns, got {group}"
-    return _too_many(tokens, columns)
+    multiple = 16 if implementation == "tpu" else 32
+    if group is not None and group % multiple:
+        return f"expected groups of a multiple of {multiple} columns, got {group}"
+    return _too_many(tokens, columns) if implementation == "tpu" else _on_gpu(tokens, columns, GPU_COLUMNS)
 
 
 def supports_levels(implementation: str, *, scale: tuple[int, ...] | None, columns: int, tokens: int) -> str | None:
     """Says why an implementation cannot do a product with a table of levels per row; None if it can."""
-    if implementation != "tpu":
-        return f"there is {_NO_KERNEL[implementation]}"
+    if implementation == "cpu":
+        return _NO_CPU_KERNEL
     if scale is not None and min(scale) > 1:
         return f"expected scales of rows or of columns, got scales {scale[0]} x {scale[1]}"
-    return _too_many(tokens, columns)
+    return _too_many(tokens, columns) if implementation == "tpu" else _on_gpu(tokens, columns, GPU_LEVEL_COLUMNS)
 
 
 def _too_many(tokens: int, columns: int) -> str | None:
@@ -40,6 +44,14 @@ def _too_many(tokens: int, columns: int) -> str | None:
     if tokens <= most:
         return None
     return f"expected at most {most} tokens, got {tokens}; make the weight dense for many tokens"
+
+
+def _on_gpu(tokens: int, columns: int, most_columns: int) -> str | None:
+    if jax.__version_info__ < (0, 11):
+        return f"expected JAX 0.11 or newer, got {jax.__version__}"
+    if tokens <= GPU_TOKENS and columns > most_columns:
+        return f"expected at most {most_columns} columns for up to {GPU_TOKENS} tokens, got {columns}"
+    return None
 
 
 def uniform_matmul(x: jax.Array, words: jax.Array, scale: jax.Array, zero: jax.Array | None, *, bits: int) -> jax.Array:
@@ -54,3 +66,21 @@ def level_matmul(x: jax.Array, words: jax.Array, levels: jax.Array, scale: jax.A
     from jaxquant.kernels.uniform_matmul import tpu
 
     return tpu.level_matmul(x, words, levels, scale, bits=bits)
+
+
+def uniform_tile_matmul(
+    x: jax.Array, words: jax.Array, scale: jax.Array, zero: jax.Array | None, *, bits: int, dtype: Any
+) -> jax.Array:
+    """Returns x @ W.T by the GPU kernels, [tokens, out] of `dtype`; see `gpu.uniform_matmul` and that of `gpu_batch`."""
+    from jaxquant.kernels.uniform_matmul import gpu, gpu_batch
+
+    return (gpu if len(x) <= GPU_TOKENS else gpu_batch).uniform_matmul(x, words, scale, zero, bits=bits, dtype=dtype)
+
+
+def level_tile_matmul(
+    x: jax.Array, words: jax.Array, levels: jax.Array, scale: jax.Array | None, *, bits: int, dtype: Any
+) -> jax.Array:
+    """Returns x @ W.T by the GPU kernels, [tokens, out] of `dtype`; see `gpu.level_matmul` and that of `gpu_batch`."""
+    from jaxquant.kernels.uniform_matmul import gpu, gpu_batch
+
+    return (gpu if len(x) <= GPU_TOKENS else gpu_batch).level_matmul(x, words, levels, scale, bits=bits, dtype=dtype)

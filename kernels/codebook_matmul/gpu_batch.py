@@ -1,0 +1,161 @@
+"""Additive codes on GPUs for several tokens: entries are gathered from shared memory into the tensor cores' registers.
+
+A thread gathers the 16 bytes of an entry of 8 values at once. Eight threads of such a load are served at a time, one per
+16 bytes of a row of banks, so the codebooks lie eight times side by side, and each of the eight threads has its own
+copy: no two ever meet. Entries are added in float16, which rounds four times less than bfloat16 would.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from jaxquant.kernels import gpu_decode, gpu_inputs, gpu_plan
+from jaxquant.kernels import gpu_registers as gr
+from jaxquant.kernels.codebook_matmul import layout
+
+_ENTRIES, _VECTOR, _COPIES = 256, 8, 8
+_ENTRY_BYTES = 2 * _VECTOR
+_LINE = _ENTRY_BYTES * _COPIES  # bytes from an entry to the next
+_BOOK = _LINE * _ENTRIES  # bytes of a codebook's copies
+_ROWS, _WORDS = 4, 4  # rows of words of a set, words of a row and output
+_PIECE = 64  # outputs whose words of a row are as many as a copy may have side by side
+
+
+@dataclasses.dataclass(frozen=True)
+class AdditiveDecoder:
+    """Banked words uint32 [4 * sets, out / 64, 256] and codebooks float16 [M * 256, 8], see `gpu_plan.Decoder`.
+
+    Attributes:
+      count: M, codebooks.
+      sets: of slots.
+      pieces: of 64 outputs of a tile, a power of two.
+      calls: fragments of 64 columns per step, a divisor of those of a set; its codes are read anew for every step.
+    """
+
+    count: int
+    sets: int
+    pieces: int
+    calls: int
+
+    dtype = jnp.float16
+    fragments, width, scaled = 1, 64, False
+
+    @property
+    def parts(self) -> int:
+        """Steps of a set."""
+        return layout.SET // self.count // (8 * self.calls)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole weight."""
+        return self.sets * self.parts
+
+    def source(self, stream: int, copy: int, step: Any, row: Any) -> tuple[Any, ...]:
+        """The words of a step's set."""
+        del stream, copy
+        return step // self.parts * _ROWS, row // _PIECE, 0
+
+    def line(self, fragment: int) -> int:
+        """There are no scales."""
+        raise NotImplementedError
+
+    def shared(self) -> Sequence[Any]:
+        """The codebooks' copies."""
+        return [plgpu.SMEM((self.count * _BOOK // 2,), jnp.float16)]
+
+    def fill(self, r: gr.Registers, tables: Sequence[Any], shared: Sequence[Any], thread: Any, threads: int) -> None:
+        """Copies the codebooks eight times; a thread starts with its own copy, so that stores do not meet either."""
+        entries = self.count * _ENTRIES
+        for first in range(0, entries, threads):
+            entry = r.mask(r.add(thread, r.constant(first)), entries - 1)
+            values = r.load_global(tables[0], r.times(entry, _ENTRY_BYTES), 4)
+            line = r.add(shared[0], r.times(entry, _LINE))
+            for i in range(_COPIES):
+                copy = r.mask(r.add(thread, r.constant(i)), _COPIES - 1)
+                r.store(r.add(line, r.times(copy, _ENTRY_BYTES)), values)
+
+    def decode(self, r: gr.Registers, call: int, blocks: int, state: gpu_plan.Step) -> Sequence[gr.Pairs]:
+        """One fragment: the entry of thread (., c) for half u is that of group 4 u + c, see `gpu_inputs.permute_columns`."""
+        thread, row_bytes = r.thread(), self.pieces * _PIECE * 4 * _WORDS
+        table = r.add(state.shared[0], r.times(r.mask(thread, _COPIES - 1), _ENTRY_BYTES))
+        # The group of this thread in half 0; other halves, calls and codebooks differ from it in other bits of the slot.
+        group = r.add(r.mask(thread, 3), r.times(r.mask(state.step, self.parts - 1), 8 * self.calls))
+        pairs: gr.Pairs = [[[None] * 2 for _ in range(8)] for _ in range(blocks)]
+        for b in range(blocks):
+            for h in range(2):
+                row = r.row(b, h)
+                codes = r.add(state.streams[0], r.times(r.add(state.inner, row), 4 * _WORDS))
+                turned = r.differ(group, r.mask(row, layout.LANES - 1))
+                turned = r.add(r.mask(turned, 15), r.times(r.shift(turned, 4), row_bytes))
+                for u in range(2):
+                    entry: list[Any] = []
+                    for m in range(self.count):
+                        slot = m * (layout.SET // self.count) + 8 * call + 4 * u
+                        place = r.differ(turned, r.constant(slot % 16 + slot // 16 * row_bytes))
+                        code = r.load_byte(r.add(codes, place))
+                        entry = self._add_entry(r, entry, r.add(table, r.times(code, _LINE)), m)
+                    for j in range(4):
+                        pairs[b][4 * u + j][h] = entry[j]
+        return [pairs]
+
+    def _add_entry(self, r: gr.Registers, total: list[Any], place: Any, book: int) -> list[Any]:
+        """The sum of entries and another one, in 4 registers."""
+        entry = r.load(place, 4, book * _BOOK, constant=True)
+        if not total:
+            return entry
+        return [r.packed("add.f16x2", a, b) for a, b in zip(total, entry, strict=True)]
+
+
+def _decoder(count: int, sets: int, config: gpu_plan.BlockConfig) -> AdditiveDecoder:
+    """As long steps as leave room for three of them; of many tokens for two, lest every fragment waits for its product."""
+    calls, stages, pieces = layout.SET // (8 * count), 3 if config.tokens <= 128 else 2, config.rows // _PIECE
+    if pieces & (pieces - 1):
+        raise ValueError(
+            f"additive decoding: expected a power of two of 64 outputs per tile, got {config.rows} outputs"
+        )
+    while (
+        calls > 1
+        and count * _BOOK + stages * (layout.SET * config.rows + 128 * calls * config.tokens) > gpu_plan.SHARED
+    ):
+        calls //= 2
+    return AdditiveDecoder(count, sets, pieces, calls)
+
+
+def decode_matmul(
+    x: jax.Array,
+    words: jax.Array,
+    codebooks: jax.Array,
+    scale: jax.Array | None,
+    *,
+    dtype: Any = jnp.float32,
+    config: gpu_plan.BlockConfig | None = None,
+) -> jax.Array:
+    """Returns x @ W.T, [tokens, out].
+
+    Args:
+      x: float [tokens, in].
+      words: uint32 [4 * sets, out, 4], see `layout.banked_words`.
+      codebooks: float [M, K * 8], K at most 256.
+      scale: float [out, 1] or [1, in / 8], or None.
+      dtype: of the result.
+      config: sizes, by default from `gpu_plan.block_config`.
+    """
+    config = config or gpu_plan.block_config(len(x))
+    (lines, out, _), count = words.shape, len(codebooks)
+    decoder = _decoder(count, lines // _ROWS, config)
+    row_scale, column_scale = layout.split_scale(scale)
+    if column_scale is not None:
+        x = x.astype(jnp.float32) * jnp.repeat(column_scale.astype(jnp.float32), _VECTOR)[None, :]
+    books = jnp.pad(codebooks, ((0, 0), (0, _ENTRIES * _VECTOR - codebooks.shape[1])))
+    books, book_scale = gpu_inputs.as_half(books.reshape(1, -1))
+    x, x_scale = gpu_inputs.as_half(x)
+    x = gpu_inputs.permute_columns(x)
+    words = jnp.pad(words, ((0, 0), (0, -out % _PIECE), (0, 0))).reshape(lines, -1, _PIECE * _WORDS)
+    stream = gpu_plan.Stream(words, (_ROWS, decoder.pieces, _PIECE * _WORDS))
+    books = books.reshape(-1, _VECTOR)
+    factors = gpu_inputs.factors(x_scale, [row_scale, None if book_scale is None else book_scale[0]], out)
+    return gpu_decode.matmul(x, [stream], [books], decoder, out=out, config=config, factors=factors, dtype=dtype)

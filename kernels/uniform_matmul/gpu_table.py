@@ -1,0 +1,118 @@
+"""Products with tables of levels in a thread of the GPU kernel: pairs of float16 levels, looked up in shared memory.
+
+A tile has a table of all pairs of levels of its rows. An entry has a number for each lane and each of its rows, so no two
+lanes of a warp read the same bank. Its address is the pair of codes, a byte or less, then 8 bits for row and lane. Inputs
+are float16 numbers times a power of two per token; what that leaves of float32 makes a second row.
+"""
+
+from typing import Any
+
+from jaxquant.kernels import gpu_threads as t
+from jaxquant.kernels import gpu_words as w
+from jaxquant.kernels.uniform_matmul import tiles
+from jaxquant.kernels.uniform_matmul.gpu_plan import PAIR_BYTES, Plan
+
+TOP = 14  # exponent of a token's largest input
+
+
+class Table:
+    """Tables of levels.
+
+    Args:
+      plan: sizes.
+      refs: addresses by name.
+      lane: index of the thread in its warp.
+      warp: index of the warp.
+    """
+
+    def __init__(self, plan: Plan, refs: dict[str, Any], lane: Any, warp: Any):
+        self.plan, self.refs, self.lane = plan, refs, lane
+        self.row, self.column = w.shift_right(lane, 2), t.bits_and(lane, 3)  # g and t of `tiles`
+        self.count = 2**plan.bits
+        # The codes for whose pairs a warp writes the table; of few codes several warps write the same.
+        self.second_codes = [t.bits_and(t.add(warp, i), self.count - 1) for i in range(0, self.count, plan.warps)]
+
+    def zeros(self) -> list[Any]:
+        """Sums of nothing."""
+        return [t.number(0.0)] * 4
+
+    def load(self, tile: Any) -> list[Any]:
+        """For both rows, all levels, two in a word, and those that this warp makes the second ones of pairs."""
+        rows = []
+        for half in range(2):
+            row = t.least(t.add(t.mul(tile, tiles.ROWS), self.row, 8 * half), self.plan.out - 1)
+            address = t.at(self.refs["levels"], t.mul(row, 2 * self.count))
+            size = min(4, self.count // 2)
+            first = [word for i in range(0, self.count // 2, size) for word in w.load_words(t.at(address, 4 * i), size)]
+            second = [w.load_short(t.at(address, t.mul(code, 2))) for code in self.second_codes]
+            rows.append((first, second))
+        return rows
+
+    def write(self, levels: list[Any], parity: Any) -> None:
+        """Writes a table, [second code][first code][row of a lane][lane]."""
+        address = t.at(self.refs["tables"], t.add(self._start(parity), t.mul(self.lane, 4)))
+        for half, (first, second) in enumerate(levels):
+            for code, high in zip(self.second_codes, second, strict=True):
+                line = t.at(address, t.mul(code, self.count * PAIR_BYTES))
+                for i in range(self.count):
+                    both = t.permute(first[i // 2], high, 0x5432 if i % 2 else 0x5410)
+                    w.store_together([both], t.at(line, i * PAIR_BYTES + PAIR_BYTES // 2 * half))
+
+    def _start(self, parity: Any) -> Any:
+        return t.mul(parity, self.count**2 * PAIR_BYTES)
+
+    def pair(self, words: list[Any], half: int, number: int, parity: Any) -> Any:
+        """A pair of levels of one of the rows, from the row's words."""
+        bits = self.plan.bits
+        count = 16 // bits
+        place = t.add(self._start(parity), t.mul(self.lane, 4), PAIR_BYTES // 2 * half)
+        if number == count * len(words):  # the sixteenth of 3 bits
+            for i, word in enumerate(words):
+                place = w.cut(w.shift_right(word, 22 - 2 * i), 0x300 << 2 * i, place)
+        elif bits == 4:
+            # Byte 0 of the place, a byte of codes, bytes 2 and 3 of the place.
+            place = t.permute(words[number // count], place, 0x7604 | number % count << 4)
+        else:
+            word, bit = words[number // count], number % count * 2 * bits
+            word = w.shift_right(word, bit - 8) if bit >= 8 else w.shift_left(word, 8 - bit)
+            place = w.cut(word, 4**bits - 1 << 8, place)
+        return w.load_words(t.at(self.refs["tables"], place))[0]
+
+    def product(self, block: dict[str, Any], chunk: Any, parity: Any, sums: list[Any]) -> list[Any]:
+        """Adds the product of a warp's chunk and its inputs to the sums of 16 outputs and 8 rows of inputs."""
+        plan = self.plan
+        row = t.mul(t.least(self.row, plan.rows - 1), plan.stride)
+        inputs = t.at(self.refs["inputs"], t.add(t.mul(chunk, 2 * plan.width), t.mul(self.column, 16), row))
+        half = len(block["words"]) // 2
+        words = block["words"][:half], block["words"][half:]
+        for i in range(plan.width // 32):
+            x = self.load_inputs(t.at(inputs, 64 * i))
+            for first in (4 * i, 4 * i + 2):
+                a = [self.pair(words[half], half, number, parity) for number in (first, first + 1) for half in range(2)]
+                sums = w.mma(a, x[first % 4 : first % 4 + 2], sums)
+        return sums
+
+    def load_inputs(self, address: Any) -> list[Any]:
+        """Eight inputs of a row; lanes without a row have zeros, and cost no time."""
+        if self.plan.rows == 8:
+            return w.load_words(address, 4)
+        return w.load_words_if(t.less(self.row, self.plan.rows), address)
+
+    def collect(self, sums: list[Any]) -> list[Any]:
+        """The values of this thread that are added up over all warps."""
+        return sums if self.plan.parts == 1 else [t.fadd(sums[0], sums[1]), t.fadd(sums[2], sums[3])]
+
+    def owner(self, lane: Any, number: Any) -> tuple[Any, Any]:
+        """Row in the tile and token of a value by its lane and number."""
+        tokens = 2 // self.plan.parts
+        row = t.add(w.shift_right(lane, 2), t.mul(t.div(number, tokens), 8))
+        return row, t.add(t.mul(t.bits_and(lane, 3), tokens), t.rem(number, tokens))
+
+    def write_inputs(self, token: int, start: Any, values: list[Any]) -> None:
+        """Writes consecutive inputs, multiplied by the power of two, as float16."""
+        plan = self.plan
+        for part in range(plan.parts):
+            halves = [w.float16(value) for value in values]
+            values = [w.minus(value, w.float32(half)) for value, half in zip(values, halves, strict=True)]
+            row = (token * plan.parts + part) * plan.stride
+            w.store_together(halves, t.at(self.refs["inputs"], t.mul(start, 2), row))

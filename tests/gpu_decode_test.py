@@ -1,0 +1,297 @@
+"""GPU kernels for several tokens: the decoders, run by numpy, against float64; how work is shared; lowering for a GPU."""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxquant import matmul, pack
+from jaxquant.kernels.codebook_matmul import layout as slot_layout
+from jaxquant.kernels.uniform_matmul import tiles
+from jaxquant.ops import supports
+from jaxquant.serving import for_serving
+from tests import ops_test as tensors
+from tests.tensors_test import codebook_tensor
+
+gpu_decode, gpu_inputs, gpu_plan = (
+    importlib.import_module(f"jaxquant.kernels.{name}") for name in ("gpu_decode", "gpu_inputs", "gpu_plan")
+)
+additive = importlib.import_module("jaxquant.kernels.codebook_matmul.gpu_batch")
+scalar = importlib.import_module("jaxquant.kernels.uniform_matmul.gpu_batch")
+
+BOUND = 1e-3
+
+
+class Threads:
+    """`gpu_registers.Registers` of 128 threads, in numpy, with a shared memory."""
+
+    def __init__(self, size):
+        self.memory = np.zeros(size, np.uint8)
+
+    def constant(self, value):
+        return np.full(128, value, np.uint32)
+
+    def thread(self):
+        return np.arange(128, dtype=np.uint32)
+
+    def row(self, block, h):
+        warp, lane = np.divmod(self.thread(), np.uint32(32))
+        return warp * np.uint32(16) + lane // np.uint32(4) + np.uint32(64 * block + 8 * h)
+
+    def add(self, a, b):
+        return a + b
+
+    def times(self, a, factor):
+        return a * np.uint32(factor)
+
+    def shift(self, a, right):
+        return a >> np.uint32(right) if right >= 0 else a << np.uint32(-right)
+
+    def mask(self, a, mask):
+        return a & np.uint32(mask)
+
+    def either(self, a, b):
+        return a | b
+
+    def differ(self, a, b):
+        return a ^ b
+
+    def load_byte(self, address):
+        return self.memory[address.astype(np.int64)].astype(np.uint32)
+
+    def least(self, a, most):
+        return np.minimum(a, np.uint32(most))
+
+    def packed(self, operation, a, b):
+        name, *_, kind = operation.split(".")
+        dtype = {"f16x2": np.float16, "bf16x2": ml_dtypes.bfloat16}[kind]
+        function = {"add": np.add, "sub": np.subtract}[name]
+        return function(a.view(dtype), b.view(dtype)).view(np.uint32)
+
+    def permute(self, a, b, selector):
+        source = np.stack([a, b], 1).view(np.uint8).reshape(-1, 8)
+        nibbles = (selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32)) & 15
+        assert nibbles.max() < 8
+        return np.take_along_axis(source, nibbles.astype(np.int64), 1).copy().view(np.uint32)[:, 0]
+
+    def load(self, address, words, offset, *, constant=False):
+        del constant
+        size = 4 * words or 2
+        assert not ((address + np.uint32(offset)) % np.uint32(size)).any()
+        place = (address + np.uint32(offset))[:, None].astype(np.int64) + np.arange(size)
+        got = self.memory[place]
+        if not words:
+            got = np.pad(got, ((0, 0), (0, 2)))
+        return [word.copy() for word in got.copy().view(np.uint32).T]
+
+    def store(self, address, values):
+        self.memory[address[:, None].astype(np.int64) + np.arange(16)] = np.stack(values, 1).view(np.uint8)
+
+    def load_global(self, array, offset, words):
+        place = offset[:, None].astype(np.int64) + np.arange(4 * words)
+        return [word.copy() for word in np.asarray(array).reshape(-1).view(np.uint8)[place].copy().view(np.uint32).T]
+
+
+def unpack(pairs, dtype):
+    """The weights [64 * blocks, columns] of fragments, rows in the order of the outputs."""
+    blocks, eights = len(pairs), len(pairs[0])
+    weight = np.zeros((64 * blocks, 8 * eights))
+    thread = np.arange(128)
+    for b, k, h in np.ndindex(blocks, eights, 2):
+        values = np.ascontiguousarray(pairs[b][k][h]).view(dtype).astype(np.float64).reshape(128, 2)
+        for e in range(2):
+            weight[Threads(0).row(b, h), 8 * k + thread % 4 * 2 + e] = values[:, e]
+    return weight
+
+
+def emulate(x, streams, tables, decoder, *, out, config, factors, dtype):
+    """`gpu_decode.matmul` by numpy."""
+    half = np.float16 if decoder.dtype == jnp.float16 else ml_dtypes.bfloat16
+    tables = [np.asarray(table) for table in tables]
+    sizes = [s.copies * s.bytes for s in streams]
+    starts = np.cumsum([0, *sizes])
+    table_size = sum(int(np.prod(t.shape)) * jnp.dtype(t.dtype).itemsize for t in decoder.shared())
+    r = Threads(starts[-1] + table_size)
+    shared = [r.constant(starts[-1])] if table_size else []
+    for first in range(0, 128 * config.warpgroups, 128):
+        decoder.fill(r, tables, shared, r.thread() + np.uint32(first), 128 * config.warpgroups)
+    x = np.asarray(x, np.float64)
+    y = np.zeros((len(x), out))
+    columns = decoder.calls * decoder.fragments * decoder.width
+    x = np.pad(x, ((0, 0), (0, max(0, decoder.steps * columns - x.shape[1]))))
+    for tile in range(0, out, config.rows):
+        for step in range(decoder.steps):
+            for number, s in enumerate(streams):
+                for copy in range(s.copies):
+                    begin = decoder.source(number, copy, step, tile)
+                    box = np.zeros(s.box, s.array.dtype)
+                    part = np.asarray(s.array)[tuple(slice(i, i + size) for i, size in zip(begin, s.box, strict=True))]
+                    box[tuple(map(slice, part.shape))] = part
+                    place = starts[number] + copy * s.bytes
+                    r.memory[place : place + s.bytes] = box.reshape(-1).view(np.uint8)
+            rows = 64 * config.blocks
+            addresses = [r.constant(start) for start in starts[:-1]]
+            for inner in range(0, config.rows, rows):
+                first = tile + inner
+                state = gpu_plan.Step(addresses, shared, tables, *map(r.constant, (first, inner, step)))
+                for call in range(decoder.calls):
+                    for i, pairs in enumerate(decoder.decode(r, call, config.blocks, state)):
+                        f = call * decoder.fragments + i
+                        column = step * columns + f * decoder.width
+                        part = x[:, column : column + decoder.width] @ unpack(pairs, half).T
+                        if decoder.scaled:
+                            scale = np.asarray(streams[-1].array, np.float64)
+                            line = column // decoder.group
+                            scale = scale[line, first : first + rows] if line < len(scale) else np.zeros(rows)
+                            part = part[:, : len(scale)] * scale
+                        width = max(0, min(rows, out - first))
+                        y[:, first : first + width] += part[:, :width]
+    of_tokens, of_rows = (1.0 if factor is None else np.asarray(factor, np.float64) for factor in factors)
+    return jnp.asarray(y * np.reshape(of_tokens, (-1, 1)) * of_rows, dtype)
+
+
+def relative(y, expected):
+    return np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
+
+
+def inputs(tokens, columns, dtype):
+    return jnp.asarray(np.random.default_rng(1).standard_normal((tokens, columns)), dtype)
+
+
+@pytest.mark.parametrize(("count", "blocks", "groups"), [(2, 1, 40), (2, 2, 9), (1, 1, 16), (1, 2, 80), (4, 2, 8)])
+@pytest.mark.parametrize("scaled", [None, "rows", "columns"])
+def test_additive_codes(monkeypatch, count, blocks, groups, scaled):
+    monkeypatch.setattr(gpu_decode, "matmul", emulate)
+    rng = np.random.default_rng(0)
+    out, columns = 300, 8 * groups
+    codes = rng.integers(0, 256, (count, out, groups))
+    books = rng.standard_normal((count * 256, 8)).astype(np.float16)
+    scale = {None: None, "rows": rng.uniform(1, 2, (out, 1)), "columns": rng.uniform(1, 2, (1, groups))}[scaled]
+    weight = sum(books.astype(np.float64)[256 * m + codes[m]] for m in range(count))
+    weight = (weight if scale is None else weight * scale[..., None]).reshape(out, columns)
+    x = inputs(3, columns, jnp.bfloat16)
+    words = slot_layout.banked_words(jnp.asarray(codes))
+    config = gpu_plan.BlockConfig(2, blocks, 8 if groups < 40 else 256)
+    scale = None if scale is None else jnp.asarray(scale, jnp.float32)
+    y = additive.decode_matmul(x, words, jnp.asarray(books.reshape(count, -1)), scale, config=config)
+    assert relative(y, np.asarray(x, np.float64) @ weight.T) < BOUND
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("group", "columns"), [(None, 330), (128, 384), (32, 640), (96, 480)])
+@pytest.mark.parametrize("has_zero", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_uniform_codes(monkeypatch, bits, group, columns, has_zero, dtype):
+    monkeypatch.setattr(gpu_decode, "matmul", emulate)
+    rng = np.random.default_rng(0)
+    out = 208
+    codes, groups = rng.integers(0, 2**bits, (out, columns)), columns // group if group else 1
+    scale = rng.uniform(0.5, 1.5, (out, groups)).astype(np.float16)
+    zero = rng.integers(0, 2**bits, (groups, out)) if has_zero else None
+    point = np.repeat(zero.T, columns // groups, 1) if has_zero else 2 ** (bits - 1)
+    weight = (codes - point) * np.repeat(scale.astype(np.float64), columns // groups, 1)
+    x = inputs(2, columns, dtype)
+    config = gpu_plan.BlockConfig(2, 1 if bits < 4 else 2, 8)
+    zero = None if zero is None else pack(jnp.asarray(zero), bits).words
+    words = tiles.to_tiles(jnp.asarray(codes), bits, table=False)
+    y = scalar.uniform_matmul(x, words, jnp.asarray(scale.T), zero, bits=bits, config=config)
+    assert relative(y, np.asarray(x, np.float64) @ weight.T) < (1e-6 if dtype != "float32" else BOUND)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_levels(monkeypatch, bits, dtype):
+    monkeypatch.setattr(gpu_decode, "matmul", emulate)
+    rng = np.random.default_rng(0)
+    out, columns = 208, 330
+    codes = rng.integers(0, 2**bits, (out, columns))
+    levels = rng.standard_normal((out, 2**bits)).astype(dtype)
+    scale = rng.uniform(1, 2, (out, 1)).astype(np.float32)
+    weight = np.take_along_axis(levels.astype(np.float64), codes, 1) * scale
+    x = inputs(2, columns, jnp.bfloat16)
+    config = gpu_plan.BlockConfig(2, 2, 8)
+    words = tiles.to_tiles(jnp.asarray(codes), bits, table=True)
+    y = scalar.level_matmul(x, words, jnp.asarray(levels), jnp.asarray(scale), bits=bits, config=config)
+    assert relative(y, np.asarray(x, np.float64) @ weight.T) < BOUND
+
+
+@pytest.mark.parametrize(
+    ("tiles", "steps", "cores"), [(112, 64, 132), (16, 32, 132), (7, 5, 35), (3, 100, 132), (1, 1, 132)]
+)
+def test_shares_are_equal(tiles, steps, cores):
+    total = tiles * steps
+    shares = gpu_plan.Shares(steps, total, min(cores, total))
+    starts = shares.start(np.arange(shares.count + 1))
+    assert (starts[0], starts[-1]) == (0, total)
+    assert set(np.diff(starts)) <= {total // shares.count, total // shares.count + 1}
+    owners = np.searchsorted(starts, np.arange(total), "right") - 1
+    np.testing.assert_array_equal(shares.owner(np.arange(total)), owners)
+
+
+@pytest.mark.parametrize("tokens", [5, 16, 64, 128, 129, 256, 257, 512, 4097])
+def test_tiles_of_tokens_are_equal(tokens):
+    config = gpu_plan.block_config(tokens)
+    assert config.tokens % 8 == 0
+    assert config.tokens <= 256
+    assert -(-tokens // config.tokens) == -(-tokens // 256)
+    assert gpu_plan.block_config(tokens, scaled=True).tokens <= 128
+
+
+def test_half_precision_rows():
+    x = jnp.asarray([[1e-30, 3e-30], [3e38, 1.0], [0, 0]], jnp.float32)
+    half, scale = gpu_inputs.as_half(x)
+    assert half.dtype == jnp.float16
+    np.testing.assert_allclose(np.asarray(half, np.float64) * np.asarray(scale, np.float64), x, rtol=1e-3, atol=1e32)
+    assert gpu_inputs.as_half(half) == (half, None)
+
+
+def levels_tensor(out, n, bits):
+    """A random CodebookTensor with a table per row."""
+    return codebook_tensor(out, n, 1, 2**bits, (out, 1), (1, 1))[0]
+
+
+# name: (weight, tokens)
+PRODUCTS = {
+    "2x8": (tensors.additive(520, 1024), 9),
+    "2x8, many tokens": (tensors.additive(520, 1024), 600),
+    "1x8": (tensors.additive(333, 264, 1), 64),
+    "4x8": (tensors.additive(333, 264, 4), 100),
+    "uniform 4-bit": (tensors.uniform_tensor(520, 1024), 16),
+    "uniform 4-bit, many tokens": (tensors.uniform_tensor(520, 1024), 257),
+    "uniform 4-bit groups": (tensors.uniform_tensor(520, 1024, 4, 128), 100),
+    "uniform 3-bit": (tensors.uniform_tensor(333, 700, 3), 33),
+    "uniform 2-bit groups": (tensors.uniform_tensor(333, 1024, 2, 32, zero=False), 9),
+    "uniform 8-bit": (tensors.uniform_tensor(333, 700, 8), 128),
+    "16 levels": (levels_tensor(333, 700, 4), 64),
+    "8 levels": (levels_tensor(333, 700, 3), 16),
+    "4 levels": (levels_tensor(333, 700, 2), 300),
+}
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs jax 0.11")
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_lowering(name):
+    weight, tokens = PRODUCTS[name]
+    assert supports(weight, "gpu", tokens=tokens) is None
+    x = jax.ShapeDtypeStruct((tokens, weight.shape[1]), jnp.bfloat16)
+    product = jax.jit(functools.partial(matmul, implementation="gpu"))
+    assert "mosaic_gpu" in product.trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_on_a_gpu(name, dtype):
+    weight, tokens = PRODUCTS[name]
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((tokens, weight.shape[1])), dtype)
+    served = for_serving(weight, "gpu")
+    product = jax.jit(functools.partial(matmul, implementation="gpu"))
+    y = product(x, served)
+    expected = np.asarray(x, np.float64) @ np.asarray(tensors.dequantize(weight), np.float64).T
+    assert relative(y, expected) < BOUND
+    for _ in range(20):
+        np.testing.assert_array_equal(product(x, served), y)

@@ -1,0 +1,187 @@
+"""GPU kernels, without a GPU: the layout, the program of the threads, what fits, and that the kernel can be lowered.
+
+Pallas cannot interpret code of single threads; `tests.gpu_model` can.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxquant import matmul
+from jaxquant.kernels.codebook_matmul import gpu, gpu_plan, layout
+from jaxquant.kernels.codebook_matmul.gpu_plan import BlockConfig, block_config
+from jaxquant.kernels.codebook_matmul.layout import SET
+from jaxquant.ops import choose, supports
+from jaxquant.serving import BankedTensor, banked_tensor, for_serving, from_serving
+from tests.gpu_model import Model
+from tests.ops_test import TENSORS, additive, dequantize, relative
+from tests.tensors_test import codebook_tensor
+
+needs_mosaic = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the GPU kernels need JAX 0.11")
+
+
+@settings(max_examples=10)
+@given(st.sampled_from([1, 2, 4, 8]), st.integers(1, 70), st.integers(1, 70))
+def test_banked_words_hold_the_codes(count, out, groups):
+    codes = np.random.default_rng(0).integers(0, 256, (count, out, groups)).astype(np.uint8)
+    words = layout.banked_words(jnp.asarray(codes))
+    assert words.shape == (4 * -(-groups * count // SET), out, 4)
+    np.testing.assert_array_equal(layout.from_banked_words(words, count, groups), codes)
+
+
+def modelled(x, weight, config, monkeypatch):
+    """The kernel's result and the most accesses of a bank, by `tests.gpu_model`."""
+    arrays = x, np.asarray(weight.words), np.asarray(weight.codebooks), weight.scale
+    plan = gpu_plan.make_plan(*arrays, dimension=weight.dimension, dtype=np.float32, config=config)
+    y = np.full((len(x), weight.shape[0]), np.nan, np.float32)
+    most = 0
+    for cluster, chunk in np.ndindex(plan.grid):
+        model = Model(config.cluster, plan.threads)
+        model.patch(monkeypatch)
+        tables, barrier = model.shared(config.sets * plan.chunk * gpu_plan.TABLE_BYTES), model.shared(8)
+        refs = [*map(model.global_, (*arrays[:3], y)), tables, model.shared(4 * plan.sums), model.shared(4 * plan.sums)]
+        scale = [] if weight.scale is None else [model.global_(np.asarray(weight.scale).reshape(-1))]
+        gpu.ThreadProgram(plan, (model.block, cluster, chunk), (*refs, barrier, *scale)).run()
+        most = max(most, model.most_in_a_bank)
+    return y, most
+
+
+MODELLED = {
+    "2x8": (additive(100, 1024), 1, BlockConfig(1, 2, 2, 1, 64)),
+    "passes, sets that are not there": (additive(40, 1100), 1, BlockConfig(1, 2, 1, 1, 32)),
+    "teams, loads ahead": (additive(300, 520), 1, BlockConfig(2, 2, 2, 2, 160, 2)),
+    "3 tokens of 5": (additive(33, 64), 5, BlockConfig(1, 1, 1, 1, 64)),
+    "1x8, vectors of 16, no scale": (additive(40, 1600, 1, d=16, scaled=False), 1, BlockConfig(1, 2, 1, 1, 64)),
+    "4x8, vectors of 4": (additive(40, 200, 4, d=4), 1, BlockConfig(2, 2, 2, 1, 64)),
+    "8x8, 16 entries": (additive(40, 64, 8, size=16), 1, BlockConfig(1, 1, 1, 1, 64)),
+}
+
+
+@pytest.mark.parametrize("name", MODELLED)
+def test_the_program_of_threads(name, monkeypatch):
+    weight, tokens, config = MODELLED[name]
+    x = np.random.default_rng(0).standard_normal((tokens, weight.shape[1])).astype(np.float32)
+    y, most = modelled(x, banked_tensor(weight), config, monkeypatch)
+    assert relative(y, x.astype(np.float64) @ np.asarray(dequantize(weight), np.float64).T) < 2e-6
+    assert most == 1
+
+
+def test_scales_of_columns_and_half_precision(monkeypatch):
+    weight = additive(40, 200, scaled=False)
+    scale = jnp.asarray(np.random.default_rng(1).uniform(0.5, 1.5, (1, 25)), jnp.float16)
+    weight = dataclasses.replace(weight, scale=scale)
+    x = np.random.default_rng(0).standard_normal((1, 200)).astype(np.float16)
+    y, _ = modelled(x, banked_tensor(weight), BlockConfig(1, 1, 2, 1, 64), monkeypatch)
+    assert relative(y, x.astype(np.float64) @ np.asarray(dequantize(weight), np.float64).T) < 2e-6
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 2000), st.integers(1, 200_000), st.integers(1, 3))
+def test_every_size_has_a_division(total_sets, out, chunk):
+    config = block_config(total_sets, out, chunk)
+    sums = 2 * 4 * chunk * config.teams * config.width
+    assert config.sets * chunk * gpu_plan.TABLE_BYTES + sums + 8 <= 227 * 1024
+    assert config.width % 32 == config.width % config.cluster == config.sets % config.teams == 0
+
+
+def test_the_layout_is_reversible_and_counted():
+    weight = additive(40, 224)  # 56 slots
+    served = banked_tensor(weight)
+    for a, b in zip(jax.tree.leaves(from_serving(served)), jax.tree.leaves(weight), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert served.shape == weight.shape
+    assert served.storage_bits() == weight.storage_bits() + 8 * 40 * (SET - 56)
+    assert served.format == weight.format + ", kernel layout"
+
+
+@needs_mosaic
+def test_served_where_the_kernel_reads_it():
+    assert isinstance(for_serving(additive(), "gpu"), BankedTensor)
+    assert not isinstance(for_serving(additive(count=3), "gpu"), BankedTensor)
+    assert choose(for_serving(additive(), "gpu")) == "reference"  # there is no GPU here
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_other_implementations_take_the_layout(implementation):
+    weight = additive()
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, weight.shape[1])), jnp.float32)
+    product = jax.jit(matmul, static_argnums=2)
+    expected = np.asarray(x, np.float64) @ np.asarray(dequantize(weight), np.float64).T
+    assert relative(product(x, banked_tensor(weight), implementation), expected) < 1e-5
+
+
+LOWERED = {
+    "2x8": (additive(136, 320), 1, jnp.bfloat16),
+    "2x8, 8 tokens": (additive(40, 64), 8, jnp.float16),
+    "1x8, vectors of 16, no scale": (additive(20, 1600, 1, d=16, scaled=False), 2, jnp.float32),
+    "4x8, vectors of 4": (additive(20, 1604, 4, d=4), 1, jnp.float32),
+    "8x8, 16 entries": (additive(20, 64, 8, size=16), 1, jnp.bfloat16),
+    "column scales and outliers": (TENSORS["columns"], 1, jnp.bfloat16),
+}
+
+
+@needs_mosaic
+@pytest.mark.parametrize("name", LOWERED)
+def test_the_kernel_lowers_for_cuda(name):
+    weight, tokens, dtype = LOWERED[name]
+    assert supports(weight, "gpu", tokens=tokens) is None
+    x = jax.ShapeDtypeStruct((tokens, weight.shape[1]), dtype)
+    product = jax.jit(functools.partial(matmul, implementation="gpu"))
+    text = product.trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 1
+    gradient = jax.jit(jax.grad(lambda x, w: matmul(x, w, "gpu").astype(jnp.float32).sum()))
+    gradient.trace(jnp.ones(x.shape, dtype), weight).lower(lowering_platforms=("cuda",))
+
+
+ON_GPU = {
+    "2x8": (additive(1000, 1024), 1, "float32"),
+    "2x8, 3 tokens in one block": (additive(333, 1000), 3, "bfloat16"),
+    "2x8, 8 tokens": (additive(24, 64), 8, "float16"),
+    "1x8, vectors of 16, no scale": (additive(130, 1600, 1, d=16, scaled=False), 2, "float32"),
+    "4x8, vectors of 4": (additive(77, 1604, 4, d=4), 1, "float32"),
+    "8x8, 16 entries": (additive(20, 520, 8, size=16), 1, "bfloat16"),
+    "column scales and outliers": (TENSORS["columns"], 1, "float32"),
+}
+
+
+@needs_mosaic
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("name", ON_GPU)
+def test_on_a_gpu(name):
+    weight, tokens, dtype = ON_GPU[name]
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((tokens, weight.shape[1])), dtype)
+    served = for_serving(weight, "gpu")
+    product = jax.jit(functools.partial(matmul, implementation="gpu"))
+    y = product(x, served)
+    expected = np.asarray(x, np.float64) @ np.asarray(dequantize(weight), np.float64).T
+    assert relative(y, expected) < {"float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}[dtype]  # rounding of results
+    for _ in range(20):
+        np.testing.assert_array_equal(product(x, served), y)
+
+
+REFUSALS = [
+    (additive(d=4), 9, "with vectors of 8 beyond 8 tokens, got 2 with vectors of 4"),
+    (additive(count=3), 1, "expected 1, 2, 4 or 8 codebooks with vectors of 4, 8 or 16, got 3 with vectors of 8"),
+    (additive(blocks=(1, 2), d=4), 1, "expected codebooks for all of the weight, got 1 x 2 blocks"),
+    (additive(size=512), 1, "expected codes of at most 8 bits, got 9"),
+    (codebook_tensor(8, 16, 1, 8, (1, 1), (2, 2))[0], 1, "expected entries of one row"),
+]
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("weight", "tokens", "reason"), REFUSALS)
+def test_refusals(weight, tokens, reason):
+    assert reason in supports(weight, "gpu", tokens=tokens)
+    with pytest.raises(ValueError, match=reason):
+        matmul(jnp.ones((tokens, weight.shape[1])), weight, "gpu")
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="for older JAX")
+def test_older_jax_is_told():
+    assert "expected JAX 0.11 or newer" in supports(additive(), "gpu")
