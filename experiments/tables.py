@@ -40,7 +40,7 @@ def _layers(results: list[Result]) -> str:
     problems = sorted({r["model"] for r in results})
     methods = list(dict.fromkeys(r["method"] for r in sorted(results, key=_by_bits)))
     cell = {
-        (r["method"], r["model"]): f"{r['relative_error']:.5f} @{r['bits_per_weight']:.2f} (+{r['excess_bits']:.2f})"
+        (r["method"], r["model"]): f"{r['relative_error']:.5f} @{r['bits_per_weight']:.2f} ({r['excess_bits']:+.2f})"
         for r in results
     }
     return markdown(["method", *problems], [[m, *(cell.get((m, p), "") for p in problems)] for m in methods])
