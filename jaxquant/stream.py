@@ -89,7 +89,7 @@ def walk(
         if model_hidden is not None:
             model_hidden = [run(h) for h in model_hidden]
         if index >= start and finetune:
-            targets = model_hidden if to_model else [run(h) for h in hidden]
+            targets = model_hidden if to_model and model_hidden is not None else [run(h) for h in hidden]
             block, tuning = finetune_block(model, block, hidden, targets, finetune, kind=kind)
         passes = dense_block(block, hidden[0].dtype)
         hidden = [run_block(model, passes, h, kind=kind) for h in hidden]

@@ -15,6 +15,8 @@ from jaxquant.kernels import gpu_threads as t
 
 Int = Any  # a value of 32 bits, or an int
 
+_inline_ptx: Any = getattr(utils, "inline_ptx", None)  # JAX 0.11 and newer, as the kernels that use it
+
 
 def word() -> ir.Type:
     """Type of a register."""
@@ -48,7 +50,7 @@ def signed(bits: int) -> int:
 
 def cut(x: ir.Value, mask: int, over: Int) -> ir.Value:
     """`(x & mask) | over` in one instruction."""
-    return utils.inline_ptx(f"lop3.b32 $0, $1, {mask:#x}, $2, 0xEA;", x, i32(over), result_types=word())
+    return _inline_ptx(f"lop3.b32 $0, $1, {mask:#x}, $2, 0xEA;", x, i32(over), result_types=word())
 
 
 def mma(a: Sequence[ir.Value], b: Sequence[ir.Value], c: Sequence[ir.Value]) -> list[ir.Value]:
@@ -58,7 +60,7 @@ def mma(a: Sequence[ir.Value], b: Sequence[ir.Value], c: Sequence[ir.Value]) -> 
     A[g + 8, 2t + 8:], b = B[2t:, g], B[2t + 8:, g] and c = C[g, 2t], C[g, 2t + 1], C[g + 8, 2t], C[g + 8, 2t + 1].
     """
     ptx = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
-    return list(utils.inline_ptx(ptx, *a, *b, *c, result_types=[ir.F32Type.get()] * 4))
+    return list(_inline_ptx(ptx, *a, *b, *c, result_types=[ir.F32Type.get()] * 4))
 
 
 def mma_bytes(a: Sequence[ir.Value], b: Sequence[ir.Value], c: Sequence[ir.Value]) -> list[ir.Value]:
@@ -68,19 +70,19 @@ def mma_bytes(a: Sequence[ir.Value], b: Sequence[ir.Value], c: Sequence[ir.Value
     A[g + 8, 4t + 16:], b = B[4t:, g], B[4t + 16:, g] and c as in `mma`.
     """
     ptx = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
-    return list(utils.inline_ptx(ptx, *a, *b, *c, result_types=[word()] * 4))
+    return list(_inline_ptx(ptx, *a, *b, *c, result_types=[word()] * 4))
 
 
 def stream(address: ir.Value, count: int) -> list[ir.Value]:
     """Two or four words of global memory that are read once: not kept in the first cache."""
     results = ",".join(f"${i}" for i in range(count))
     ptx = f"ld.global.nc.L1::no_allocate.v{count}.b32 {{{results}}}, [${count}];"
-    return list(utils.inline_ptx(ptx, address, result_types=[word()] * count, has_side_effects=True))
+    return list(_inline_ptx(ptx, address, result_types=[word()] * count, has_side_effects=True))
 
 
 def prefetch(address: ir.Value) -> None:
     """Fetches a line of global memory into the second cache."""
-    utils.inline_ptx("prefetch.global.L2 [$0];", address, has_side_effects=True)
+    _inline_ptx("prefetch.global.L2 [$0];", address, has_side_effects=True)
 
 
 def load_raw(address: ir.Value, dtype: Any) -> ir.Value:
@@ -101,7 +103,7 @@ def load_words_if(condition: ir.Value, address: ir.Value) -> list[ir.Value]:
     place = arith.trunci(word(), llvm.ptrtoint(ir.IntegerType.get_signless(64), address))
     zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(4))
     ptx = f"{{.reg .pred p; setp.ne.u32 p, $5, 0; {zeros} @p ld.shared.v4.b32 {{$0,$1,$2,$3}}, [$4];}}"
-    return list(utils.inline_ptx(ptx, place, number, result_types=[word()] * 4, has_side_effects=True))
+    return list(_inline_ptx(ptx, place, number, result_types=[word()] * 4, has_side_effects=True))
 
 
 def load_short(address: ir.Value) -> ir.Value:
@@ -128,7 +130,7 @@ def store_byte(x: ir.Value, address: ir.Value) -> None:
 
 def nearest(x: ir.Value) -> ir.Value:
     """The nearest integer with a sign to a float32 number."""
-    return utils.inline_ptx("cvt.rni.s32.f32 $0, $1;", x, result_types=word())
+    return _inline_ptx("cvt.rni.s32.f32 $0, $1;", x, result_types=word())
 
 
 def float_from(x: ir.Value) -> ir.Value:
@@ -174,7 +176,7 @@ def equal(a: Int, b: Int) -> ir.Value:
 def most_of_warp(x: ir.Value) -> ir.Value:
     """The largest unsigned integer of the 32 threads of a warp."""
     ptx = "redux.sync.max.u32 $0, $1, 0xffffffff;"
-    return utils.inline_ptx(ptx, x, result_types=word(), has_side_effects=True, convergent=True)
+    return _inline_ptx(ptx, x, result_types=word(), has_side_effects=True, convergent=True)
 
 
 def of_neighbour(x: ir.Value) -> ir.Value:

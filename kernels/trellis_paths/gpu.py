@@ -34,7 +34,6 @@ def paths(
     kernel = functools.partial(_kernel, size=size, widest=widest, find_ends=ends is None, interpret=interpret)
     scalar, row = pl.BlockSpec((1,), lambda r: (r,)), pl.BlockSpec((None, m), lambda r: (r, 0))
     table = pl.BlockSpec((None, size), lambda r: (r, 0))
-    params = {"interpret": True} if interpret else {"compiler_params": _compiler_params()}
     states, _ = pl.pallas_call(
         kernel,
         grid=(runs,),
@@ -44,7 +43,8 @@ def paths(
             jax.ShapeDtypeStruct((runs, m), jnp.int32),
             jax.ShapeDtypeStruct((runs, m, size // 2), jnp.uint8),
         ],
-        **params,
+        interpret=interpret,
+        compiler_params=None if interpret else _compiler_params(),
     )(width, length, closed.astype(jnp.int32), given, target, weight, values)
     return states
 
