@@ -164,6 +164,7 @@ def test_the_gpu_kernel_finds_the_same_paths(given):
     np.testing.assert_array_equal(np.where(runs.valid, found, 0), np.where(runs.valid, expected, 0))
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 def test_the_gpu_kernel_compiles_for_cuda():
     """As far as a machine without a GPU can tell: down to Triton's language."""
     _, arguments = kernel_arguments(given=False)
