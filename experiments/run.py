@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,9 +55,9 @@ class Arguments:
     shared: bool = False
 
 
-def wanted(only: str, name: str, methods: Container[str]) -> bool:
-    """Whether `--only` asks for a method."""
-    return name == only if only in methods else only in name
+def wanted(only: str, methods: dict[str, Any]) -> dict[str, Any]:
+    """The methods that `--only` asks for."""
+    return {name: config for name, config in methods.items() if (name == only if only in methods else only in name)}
 
 
 def stored(args: Arguments, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
@@ -101,8 +101,6 @@ def run_layers(args: Arguments, experiment: Layers) -> None:
         problem = load_problem(path)
         data = hashlib.sha256(path.read_bytes()).hexdigest()
         for name, config in experiment.methods.items():
-            if not wanted(args.only, name, experiment.methods):
-                continue
             settings = {"model": path.stem, "method": name, "config": describe_config(config), "data": data}
 
             def measure(problem=problem, config=config):
@@ -124,8 +122,6 @@ def run_model(args: Arguments, experiment: WholeModel) -> None:
     """Quantizes a model by each method and measures perplexity and KL."""
     task = models.open_task(args.model, args.calibration, args.text, experiment.sequences, experiment.length)
     for name, config in experiment.methods.items():
-        if not wanted(args.only, name, experiment.methods):
-            continue
 
         def measure(name=name, config=config):
             began = time.perf_counter()
@@ -157,8 +153,6 @@ def run_speed(args: Arguments, experiment: Speed) -> None:
     for n in experiment.sizes:
         problem = square_problem(n, experiment.tokens)
         for name, config in experiment.methods.items():
-            if not wanted(args.only, name, experiment.methods):
-                continue
 
             def measure(problem=problem, config=config):
                 key, times = jax.random.key(0), []
@@ -193,13 +187,14 @@ def main() -> int:
         print(f"error: name: expected one of {', '.join(EXPERIMENTS)}, got {args.name!r}", file=sys.stderr)
         return 1
     experiment = EXPERIMENTS[args.name]
+    experiment = dataclasses.replace(experiment, methods=wanted(args.only, experiment.methods))
     try:
         if isinstance(experiment, Layers):
             run_layers(args, experiment)
         elif isinstance(experiment, WholeModel):
             run_model(args, experiment)
         elif isinstance(experiment, Tuning):
-            options = (args.model, args.calibration, args.text, args.only)
+            options = (args.model, args.calibration, args.text)
             tuning.run(experiment, *options, store=functools.partial(stored, args))
         else:
             run_speed(args, experiment)

@@ -57,7 +57,6 @@ def run(
     model: str | None,
     calibration: str | None,
     text: str | None,
-    only: str,
     *,
     store: Callable[[dict[str, Any], Callable[[], dict[str, Any]]], None],
 ) -> None:
@@ -68,7 +67,6 @@ def run(
       model: the model.
       calibration: text to calibrate and tune on.
       text: evaluation text.
-      only: run only methods whose name holds this.
       store: (settings, function that measures) -> None; it calls the function unless the result is there.
     """
     for seed in experiment.seeds:
@@ -76,8 +74,6 @@ def run(
         bos = default_bos(task.model)
         third = evaluation_tokens(None, task.tokenizer, length=experiment.length, bos_id=bos).tokens
         for name, config in experiment.methods.items():
-            if only not in name:
-                continue
             chain = _Chain(task, experiment, config, seed)
             for stage in STAGES:
 

@@ -19,6 +19,9 @@ from jaxquant.projection import CodeConfig
 from jaxquant.tensors import dense_tree, is_quantized
 from jaxquant.training import Step, TrainConfig, begin, default_optimizer, result, split, train
 
+# What outputs should be: the dense layer's or block's on the inputs that the quantized one gets, or the dense model's.
+Targets = Literal["prefix", "model"]
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockLoss:
@@ -55,12 +58,12 @@ class FinetuneConfig:
     """
 
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    targets: Literal["prefix", "model"] = "prefix"
+    targets: Targets = "prefix"
     codes: CodeConfig | None = None
 
     def __post_init__(self) -> None:
         """Checks the choice."""
-        check_choice("targets", self.targets, Literal["prefix", "model"])
+        check_choice("targets", self.targets, Targets)
 
 
 @dataclasses.dataclass(frozen=True)

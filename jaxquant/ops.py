@@ -24,10 +24,10 @@ from jaxquant.serving import (
     ServingTensor,
     UniformWordTensor,
     banked_tensor,
-    has_row_levels,
     lookup_tensor,
     word_tensor,
 )
+from jaxquant.serving_tensor import has_row_levels
 from jaxquant.tensors import (
     CodebookTensor,
     ConcatTensor,

@@ -5,22 +5,20 @@ import math
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxquant import ratedistortion, stats, stream, trees
-from jaxquant.finetune import FinetuneConfig, TuneReport
+from jaxquant.finetune import FinetuneConfig, Targets, TuneReport
 from jaxquant.methods import METHODS, Config
 from jaxquant.models.base import Model
 from jaxquant.problem import LayerProblem, dead_columns, relative_error, retarget
 from jaxquant.tensors import QuantizedTensor, bits_per_weight
 from jaxquant.training import split
 from jaxquant.warmup import compile_ahead
-
-Targets = Literal["prefix", "model"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,14 +151,15 @@ def _quantize_block(
         hessian = cross = eigenvalues = None
         if any(plan[prefix + name] is not None for name in group):
             gram = stats.init(weights[group[0]].shape[1])
-            for h in hidden:
-                gram = stats.capture_update(model, passes, h, gram, kind=kind, group=group)
-            hessian = gram / tokens
-            if clean is not None:
-                cross = stats.init(len(hessian))
+            if clean is None:
+                for h in hidden:
+                    gram = stats.capture_update(model, passes, h, gram, kind=kind, group=group)
+            else:
+                cross = stats.init(len(gram))
                 for h, c in zip(hidden, clean, strict=True):
-                    cross = stats.cross_update(model, passes, h, original, c, cross, kind=kind, group=group)
+                    gram, cross = stats.cross_update(model, passes, h, original, c, gram, cross, kind=kind, group=group)
                 cross /= tokens
+            hessian = gram / tokens
             eigenvalues = ratedistortion.spectrum(hessian)
         damps = {}  # a factorization each, and layers that share the hessian mostly share the settings
         for name, weight in weights.items():

@@ -21,6 +21,7 @@ from jaxquant.kernels.uniform_matmul import layout as word_layout
 from jaxquant.outliers import ColumnOutlierTensor
 from jaxquant.packing import PackedArray, pack
 from jaxquant.serving_tensor import ServingTensor as ServingTensor
+from jaxquant.serving_tensor import has_row_levels
 from jaxquant.tensors import (
     CodebookTensor,
     ConcatTensor,
@@ -242,12 +243,6 @@ def word_tensor(tensor: UniformTensor | CodebookTensor) -> UniformWordTensor | L
     lines = word_layout.num_lines(columns, bits, multiple)
     words = word_layout.to_words(tensor.codes.unpack()[0], bits, lines)
     return LevelWordTensor(words, tensor.codebooks, tensor.scale, bits, *tensor.shape)
-
-
-def has_row_levels(tensor: CodebookTensor) -> bool:
-    """True for one table of at most 16 levels per row."""
-    table = tensor.blocks == (tensor.shape[0], 1) and tensor.vector == (1, 1)
-    return table and tensor.num_codebooks == 1 and tensor.codes.bits in (2, 3, 4)
 
 
 def _has_gpu_kernel(tensor: CodebookTensor) -> bool:

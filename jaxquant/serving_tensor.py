@@ -1,8 +1,8 @@
-"""What tensors in a kernel's layout have in common."""
+"""What tensors in a kernel's layout, and the making of them, have in common."""
 
 import jax
 
-from jaxquant.tensors import QuantizedTensor
+from jaxquant.tensors import CodebookTensor, QuantizedTensor
 
 
 class ServingTensor(QuantizedTensor):
@@ -20,3 +20,9 @@ class ServingTensor(QuantizedTensor):
     def format(self) -> str:
         """Short description for tables."""
         return jax.eval_shape(self.original).format + ", kernel layout"
+
+
+def has_row_levels(tensor: CodebookTensor) -> bool:
+    """True for one table of at most 16 levels per row."""
+    table = tensor.blocks == (tensor.shape[0], 1) and tensor.vector == (1, 1)
+    return table and tensor.num_codebooks == 1 and tensor.codes.bits in (2, 3, 4)

@@ -44,7 +44,7 @@ def capture_update(
     return update(gram, model.capture(block, hidden, kind, group))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "kind", "group"), donate_argnames="cross")
+@functools.partial(jax.jit, static_argnames=("model", "kind", "group"), donate_argnames=("gram", "cross"))
 @jax.default_matmul_precision("highest")
 def cross_update(
     model: Model,
@@ -52,18 +52,19 @@ def cross_update(
     hidden: jax.Array,
     dense_block: Any,
     dense_hidden: jax.Array,
+    gram: jax.Array,
     cross: jax.Array,
     *,
     kind: str,
     group: tuple[str, ...],
-) -> jax.Array:
-    """Adds y x^T over all tokens to `cross` [in, in]: x the group's inputs, y those in the dense model.
+) -> tuple[jax.Array, jax.Array]:
+    """Adds x x^T to `gram` and y x^T to `cross`, [in, in], over all tokens: y are the inputs x in the dense model.
 
     Other arguments are those of `capture_update`; `dense_hidden` are the inputs of `dense_block`.
     """
     x, y = model.capture(block, hidden, kind, group), model.capture(dense_block, dense_hidden, kind, group)
     x, y = (z.astype(jnp.float32).reshape(-1, z.shape[-1]) for z in (x, y))
-    return cross + y.T @ x
+    return gram + x.T @ x, cross + y.T @ x
 
 
 @functools.partial(jax.jit, static_argnames="damp")

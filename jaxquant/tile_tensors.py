@@ -8,7 +8,7 @@ import jax
 
 from jaxquant.kernels.uniform_matmul import api, tiles
 from jaxquant.packing import PackedArray, pack
-from jaxquant.serving_tensor import ServingTensor
+from jaxquant.serving_tensor import ServingTensor, has_row_levels
 from jaxquant.tensors import CodebookTensor, QuantizedTensor, UniformTensor
 
 TILE_BITS = (2, 3, 4, 8)
@@ -103,9 +103,7 @@ def has_scalar_codes(tensor: Any) -> TypeGuard[UniformTensor | CodebookTensor]:
     """True for uniform grids, and for one table of levels per row, of as many bits as the layout holds."""
     if isinstance(tensor, UniformTensor):
         return tensor.bits in TILE_BITS
-    if not isinstance(tensor, CodebookTensor) or tensor.num_codebooks != 1 or tensor.codes.bits not in (2, 3, 4):
-        return False
-    return tensor.vector == (1, 1) and tensor.blocks == (tensor.shape[0], 1)
+    return isinstance(tensor, CodebookTensor) and has_row_levels(tensor)
 
 
 def worth_tiles(tensor: QuantizedTensor) -> TypeGuard[UniformTensor | CodebookTensor]:
