@@ -2,8 +2,9 @@
 
 For each shape, batch and format: a dense product, making the weight dense and multiplying, and our kernel, with the time
 that reading the weight's bytes takes at the memory's bandwidth. Weights rotate through copies that together outgrow the
-caches, because a model's layers do. Many calls are one program, as a model's are, and several programs are queued, so
-that the host's part does not count; a figure is the median over passes, divided by their calls.
+caches, because a model's layers do. Many calls are one program, as a model's are, with a loop over them whose launches
+the device has at hand after the first round, and several programs are queued: so the host's part does not count. A figure
+is the median over passes, divided by their calls.
 
 Runs with other arguments add their rows to the device's file; a row that was there is replaced.
 """
@@ -33,7 +34,12 @@ from jaxquant.tensors import QuantizedTensor
 RESULTS = Path(__file__).parent / "results" / "kernels"
 SHAPES = ((4096, 4096), (4096, 14336), (8192, 28672))
 KEY = ("format", "k", "n", "batch", "implementation", "dtype")  # of a row
-BANDWIDTH = {"NVIDIA H200": 4.3e12, "TPU v5 lite": 8.19e11, "TPU v6 lite": 1.64e12}  # bytes per second
+BANDWIDTH = {
+    "NVIDIA H200": 4.3e12,
+    "NVIDIA H100 80GB HBM3": 3.0e12,
+    "TPU v5 lite": 8.19e11,
+    "TPU v6 lite": 1.64e12,
+}  # bytes per second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Arguments:
     formats: tuple[str, ...] = ("2x8", "uniform 4-bit", "uniform 3-bit", "uniform 2-bit", "16 levels")
     implementations: tuple[str, ...] = ("dense", "reference", "kernel")
     cache: int = 2**28
-    calls: int = 32
+    calls: int = 256
     seconds: float = 0.02
     passes: int = 10
     bandwidth: float | None = None
@@ -102,12 +108,18 @@ def microseconds(function: Callable[..., Any], x: jax.Array, weights: list[Any],
 
     @jax.jit
     def run(x, weights):
-        results = []
-        for weight in weights * rounds:
-            # Inputs wait for the result before: calls neither run at once nor become one.
-            x, y = jax.lax.optimization_barrier((x, function(x, weight)))
-            results.append(y)
-        return results
+        def one_round(_, carry):
+            x, results = carry[0], []
+            for weight in weights:
+                # Inputs wait for the result before: calls do not run at once.
+                x, y = jax.lax.optimization_barrier((x, function(x, weight)))
+                results.append(y)
+            # They change with it, so that no call can be taken out of the loop.
+            return x + 0 * results[-1][:, :1].astype(x.dtype), results
+
+        results = jax.eval_shape(lambda x, weights: [function(x, weight) for weight in weights], x, weights)
+        zeros = [jnp.zeros(result.shape, result.dtype) for result in results]
+        return jax.lax.fori_loop(0, rounds, one_round, (x, zeros))
 
     def took(programs: int) -> float:
         began = time.perf_counter()
@@ -163,10 +175,19 @@ def _copies(cache: int, size: int) -> int:
     return max(2, -(-cache // size))
 
 
-def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]], key: tuple[str, ...]) -> list[dict[str, Any]]:
     """Rows of both, new ones in place of old ones of the same measurement, in order."""
-    by_key = {tuple(row[name] for name in KEY): row for row in [*old, *new]}
-    return [by_key[key] for key in sorted(by_key)]
+    by_key = {tuple(row[name] for name in key): row for row in [*old, *new]}
+    return [by_key[values] for values in sorted(by_key)]
+
+
+def store(results: Path, row: dict[str, Any], key: tuple[str, ...]) -> None:
+    """Adds a row to the device's file in a folder, in place of one of the same measurement: equal in all of `key`."""
+    name = jax.devices()[0].device_kind.replace(" ", "_").replace("/", "_")
+    file = results / f"{name}.json"
+    results.mkdir(parents=True, exist_ok=True)
+    held = json.loads(file.read_text())["rows"] if file.exists() else []
+    write_json(file, {"rows": merged(held, [row], key)})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -175,13 +196,9 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := set(args.formats) - set(FORMATS):
         print(f"error: formats: expected some of {', '.join(FORMATS)}, got {sorted(unknown)}", file=sys.stderr)
         return 1
-    name = jax.devices()[0].device_kind.replace(" ", "_").replace("/", "_")
-    file = args.results / f"{name}.json"
-    args.results.mkdir(parents=True, exist_ok=True)
     origin = {"environment": environment(), "commit": commit()}
     for row in rows(args):
-        held = json.loads(file.read_text())["rows"] if file.exists() else []
-        write_json(file, {"rows": merged(held, [row | origin])})  # at once: a run may be cut short
+        store(args.results, row | origin, KEY)  # at once: a run may be cut short
         floor = "" if row["floor_microseconds"] is None else f"   floor {row['floor_microseconds']:.1f} us"
         what = f"{row['format']:14} {row['k']} x {row['n']} batch {row['batch']:3} {row['implementation']:10}"
         print(f"{what} {row['microseconds']:10.1f} us{floor}", flush=True)

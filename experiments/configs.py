@@ -68,10 +68,12 @@ class Tuning:
 
     Attributes:
       methods: settings by name.
-      block: of fine-tuning while quantizing; its targets are also those of the layers.
+      block: of block fine-tuning.
       distill: of distillation, after that.
       pv: of PV-tuning, after that.
       codes: of its V step.
+      ends: distillation and PV-tuning also train the embedding.
+      dtype: of activations in distillation and PV-tuning.
       seeds: of the calibration windows, the methods and the order of the windows.
       sequences: calibration and tuning windows.
       length: tokens per window.
@@ -83,6 +85,8 @@ class Tuning:
     distill: TrainConfig
     pv: TrainConfig
     codes: CodeConfig = CodeConfig()  # noqa: RUF009  # frozen
+    ends: bool = True
+    dtype: str = "bfloat16"
     seeds: tuple[int, ...] = (0, 1, 2)
     sequences: int = 128
     length: int = 2048

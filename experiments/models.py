@@ -14,7 +14,6 @@ from jaxquant.checkpoint import describe_config, hash_params
 from jaxquant.commands import default_bos
 from jaxquant.data import CalibrationConfig, evaluation_tokens, load_tokens
 from jaxquant.evaluate import evaluate
-from jaxquant.finetune import FinetuneConfig
 from jaxquant.methods import Config
 from jaxquant.models.base import Model
 from jaxquant.models.load import load_model
@@ -90,7 +89,6 @@ def quantize(
     *,
     seed: int = 0,
     targets: Targets = "prefix",
-    finetune: FinetuneConfig | None = None,
 ) -> tuple[Any, list[LayerReport]]:
     """Returns the parameters with all linear layers quantized, and a report for each."""
     key = jax.random.key(seed)
@@ -98,7 +96,7 @@ def quantize(
         plan = _allocate(task, config, name, batch_size, key)
     else:
         plan = resolve([Rule(".*", config)], linear_paths(task.model, task.params))
-    options: dict[str, Any] = {"key": key, "batch_size": batch_size, "targets": targets, "finetune": finetune}
+    options: dict[str, Any] = {"key": key, "batch_size": batch_size, "targets": targets}
     blocks, reports = list(task.params["blocks"]), []
     results = quantize_blocks(task.model, task.params, task.tokens, plan, **options)
     for result in track(results, name, total=len(blocks)):

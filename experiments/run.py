@@ -40,6 +40,7 @@ class Arguments:
       model: model of a whole-model experiment.
       calibration: its calibration text.
       text: its evaluation text.
+      sampled: windows of text from the model itself (`jaxquant sample`), for experiments that tune.
       only: run only the method of this name, or, if there is none, those whose name holds it.
       results: where results go.
       shared: other work runs on the device, so seconds would mean nothing: whole-model results are stored without.
@@ -50,6 +51,7 @@ class Arguments:
     model: str | None = None
     calibration: str | None = None
     text: str | None = None
+    sampled: str | None = None
     only: str = ""
     results: Path = RESULTS
     shared: bool = False
@@ -194,7 +196,7 @@ def main() -> int:
         elif isinstance(experiment, WholeModel):
             run_model(args, experiment)
         elif isinstance(experiment, Tuning):
-            options = (args.model, args.calibration, args.text)
+            options = (args.model, args.calibration, args.text, args.sampled)
             tuning.run(experiment, *options, store=functools.partial(stored, args))
         else:
             run_speed(args, experiment)

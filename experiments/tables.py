@@ -99,6 +99,25 @@ def speed(results: list[Result]) -> str:
     return markdown(["method", "layer", "seconds", "relative error", "bits per weight", "device"], rows)
 
 
+def generation(results: list[Result]) -> str:
+    """A line per device, model and format: speed and bytes of weights, and both against bfloat16."""
+    lines = []
+    for rows in (result["rows"] for result in results):
+        dense = {r["model"]: r for r in rows if r["format"] == "bfloat16"}
+        for r in rows:
+            base, megabytes = dense.get(r["model"]), f"{r['weight_bytes'] / 1e6:.1f}"
+            faster = "" if base is None else f"{r['tokens_per_second'] / base['tokens_per_second']:.2f}"
+            share = "" if base is None else f"{r['weight_bytes'] / base['weight_bytes']:.3f}"
+            accounted = f"{r['accounted_bytes'] / 1e6:.1f}"
+            peak = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e6:.1f}"
+            speed = [f"{r['tokens_per_second']:.1f}", f"{r['milliseconds_per_token']:.3f}", faster]
+            device = r["environment"]["device"]
+            lines.append([r["model"], r["format"], *speed, megabytes, share, accounted, peak, device])
+    header = ["model", "weights", "tokens per second", "ms per token", "times bfloat16"]
+    header += ["weights MB", "of bfloat16", "accounted MB", "peak MB", "device"]
+    return markdown(header, lines)
+
+
 def _by_bits(result: Result) -> tuple[Any, ...]:
     return (round(result["bits_per_weight"]), result["method"])
 
@@ -111,6 +130,7 @@ TABLES: dict[str, Callable[[list[Result]], str]] = {
     "model-targets": whole_model,
     "speed": speed,
     "scaling": speed,
+    "generation": generation,
     "tuning": tuning,
 }
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import hashlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,9 +16,10 @@ from experiments.configs import Tuning
 from jaxquant import bits_per_weight, trees
 from jaxquant.checkpoint import describe_config
 from jaxquant.commands import default_bos
-from jaxquant.data import evaluation_tokens
+from jaxquant.data import evaluation_tokens, mix
 from jaxquant.distill import prepare
 from jaxquant.methods import Config
+from jaxquant.pipeline import tune_blocks
 from jaxquant.progress import track
 from jaxquant.tensors import is_quantized
 
@@ -26,30 +29,40 @@ STAGES = ("none", "block", "distill", "pv")
 class _Chain:
     """The stages of one method and seed; each is computed when first asked for, from the one before it."""
 
-    def __init__(self, task: models.Task, experiment: Tuning, config: Config, seed: int):
+    def __init__(self, task: models.Task, experiment: Tuning, config: Config, seed: int, extra: np.ndarray | None):
         self.task, self.experiment, self.config, self.seed = task, experiment, config, seed
+        self.windows = task.tokens if extra is None else mix(task.tokens, extra, seed)
         self.stage = functools.cache(self._stage)
 
     def _stage(self, stage: str) -> tuple[Any, float]:
         """Returns (parameters, seconds of this stage alone, compilation included)."""
-        e, seed = self.experiment, self.seed
-        before = self.stage(STAGES[STAGES.index(stage) - 1])[0] if stage in ("distill", "pv") else None
+        before = self.stage(STAGES[STAGES.index(stage) - 1])[0] if stage != "none" else None
         began = time.perf_counter()
-        if stage in ("none", "block"):
-            train = dataclasses.replace(e.block.train, seed=seed)
-            finetune = dataclasses.replace(e.block, train=train) if stage == "block" else None
-            options: dict[str, Any] = {"seed": seed, "targets": e.block.targets, "finetune": finetune}
-            params, _ = models.quantize(self.task, self.config, stage, e.batch_size, **options)
+        if stage == "none":
+            params, _ = models.quantize(self.task, self.config, stage, self.experiment.batch_size, seed=self.seed)
+        elif stage == "block":
+            params = self._tune_blocks(before)
         else:
-            train = dataclasses.replace(e.pv if stage == "pv" else e.distill, seed=seed)
-            codes = e.codes if stage == "pv" else None
-            run = prepare(self.task.model, before, self.task.params, self.task.tokens, train, codes=codes)
-            state = run.begin()
-            for progress in track(run.run(state), stage, total=run.plan.chunks):
-                state = progress.state
-            params = run.result(state)
+            params = self._distill(stage, before)
         jax.block_until_ready(params)
         return params, time.perf_counter() - began
+
+    def _tune_blocks(self, params: Any) -> Any:
+        e, task = self.experiment, self.task
+        finetune = dataclasses.replace(e.block, train=dataclasses.replace(e.block.train, seed=self.seed))
+        options: dict[str, Any] = {"batch_size": e.batch_size}
+        results = tune_blocks(task.model, params, task.params["blocks"], task.tokens, finetune, **options)
+        return {**params, "blocks": [r.block for r in track(results, "block", total=len(params["blocks"]))]}
+
+    def _distill(self, stage: str, params: Any) -> Any:
+        e, task = self.experiment, self.task
+        train = dataclasses.replace(e.pv if stage == "pv" else e.distill, seed=self.seed)
+        options: dict[str, Any] = {"codes": e.codes if stage == "pv" else None, "ends": e.ends, "dtype": e.dtype}
+        run = prepare(task.model, params, task.params, self.windows, train, **options)
+        state = run.begin()
+        for progress in track(run.run(state), stage, total=run.plan.chunks):
+            state = progress.state
+        return run.result(state)
 
 
 def run(
@@ -57,6 +70,7 @@ def run(
     model: str | None,
     calibration: str | None,
     text: str | None,
+    sampled: str | None,
     *,
     store: Callable[[dict[str, Any], Callable[[], dict[str, Any]]], None],
 ) -> None:
@@ -67,14 +81,17 @@ def run(
       model: the model.
       calibration: text to calibrate and tune on.
       text: evaluation text.
+      sampled: windows from `jaxquant sample`, to distil and PV-tune on beside the calibration windows, or None.
       store: (settings, function that measures) -> None; it calls the function unless the result is there.
     """
+    extra = None if sampled is None else np.load(sampled).astype(np.int32)
+    about = {} if sampled is None else {"sampled": hashlib.sha256(Path(sampled).read_bytes()).hexdigest()}
     for seed in experiment.seeds:
         task = models.open_task(model, calibration, text, experiment.sequences, experiment.length, seed)
         bos = default_bos(task.model)
         third = evaluation_tokens(None, task.tokenizer, length=experiment.length, bos_id=bos).tokens
         for name, config in experiment.methods.items():
-            chain = _Chain(task, experiment, config, seed)
+            chain = _Chain(task, experiment, config, seed, extra)
             for stage in STAGES:
 
                 def measure(chain=chain, stage=stage, task=task, third=third):
@@ -93,11 +110,15 @@ def run(
                     return {k: v for k, v in figures.items() if k != "layers"} | more
 
                 settings = {"method": name, "config": describe_config(config), "stage": stage, "seed": seed}
-                store({**task.about, **settings, "tuning": _settings(experiment, stage)}, measure)
+                store({**task.about, **about, **settings, "tuning": _settings(experiment, stage)}, measure)
 
 
 def _settings(experiment: Tuning, stage: str) -> dict[str, Any]:
     """Settings of all stages up to this one."""
-    parts = {"block": experiment.block, "distill": experiment.distill, "pv": (experiment.pv, experiment.codes)}
-    used = {k: v for k, v in parts.items() if STAGES.index(k) <= STAGES.index(stage)}
-    return {k: [dataclasses.asdict(x) for x in (v if isinstance(v, tuple) else (v,))] for k, v in used.items()}
+    more = {"ends": experiment.ends, "dtype": experiment.dtype}
+    parts = {
+        "block": dataclasses.asdict(experiment.block),
+        "distill": dataclasses.asdict(experiment.distill) | more,
+        "pv": dataclasses.asdict(experiment.pv) | more | {"codes": dataclasses.asdict(experiment.codes)},
+    }
+    return {k: v for k, v in parts.items() if STAGES.index(k) <= STAGES.index(stage)}

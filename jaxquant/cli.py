@@ -1,4 +1,4 @@
-"""The command line: `jaxquant demo`, `quantize`, `tune`, `evaluate`, `generate`, `inspect`, `plan` and `doctor`."""
+"""The command line: `jaxquant demo`, `quantize`, `sample`, `tune`, `evaluate`, `generate`, `inspect`, `plan`, `doctor`."""
 
 import dataclasses
 import os
@@ -136,6 +136,7 @@ class Tune:
     Attributes:
       model: output of `quantize`, or of `tune`.
       text: as `quantize --calibration`.
+      sampled: output of `sample`: more windows to tune on, of the same length.
       stage: "block" (block after block), "distill" (the whole model) or "pv" (the whole model and its codes).
       out: directory for the result; by default DIR-STAGE.
       reference: the dense model; by default the one that `quantize` read.
@@ -148,12 +149,15 @@ class Tune:
       micro_batch: windows of one backward pass, a divisor of the batch size.
       targets: of blocks: outputs of the dense block on the same inputs ("prefix") or of the dense model ("model").
       ends: also train the embedding and the head, which stay dense.
+      dtype: of activations while the whole model is tuned; by default that of the dense model. GPUs and TPUs are several
+        times faster with bfloat16.
       seed: of the choice and the order of the windows.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR", help="The output of `quantize`.")]
     _: dataclasses.KW_ONLY
     text: str
+    sampled: Path | None = None
     stage: Literal["block", "distill", "pv"] = "distill"
     out: Path | None = None
     reference: str | None = None
@@ -165,6 +169,7 @@ class Tune:
     micro_batch: int = 2
     targets: Literal["prefix", "model"] = "prefix"
     ends: bool = False
+    dtype: Literal["float32", "bfloat16"] | None = None
     seed: int = 0
 
     def run(self) -> None:
@@ -172,6 +177,38 @@ class Tune:
         from jaxquant import commands
 
         commands.tune(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Draw text from a model, for tuning its quantized form on more than the text at hand: windows of token ids, .npy.
+
+    Attributes:
+      model: see above.
+      text: as `quantize --calibration`; every window begins with a few tokens of it.
+      out: file for the windows, .npy.
+      windows: how many.
+      length: tokens per window.
+      prompt: tokens of the text at the beginning of a window.
+      batch_size: windows at a time; their keys and values are held in memory.
+      seed: of the choice of beginnings and of the draws.
+    """
+
+    model: Saved
+    _: dataclasses.KW_ONLY
+    text: str
+    out: Path
+    windows: int = 512
+    length: int = 2048
+    prompt: int = 32
+    batch_size: int = 64
+    seed: int = 0
+
+    def run(self) -> None:
+        """Runs the command."""
+        from jaxquant import commands
+
+        commands.sample(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,6 +315,7 @@ class Doctor:
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Quantize, tyro.conf.subcommand("quantize")]
+    | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from jaxquant import checkpoint, export, generation, memory, trees
 from jaxquant import evaluate as evaluation
-from jaxquant.cli import Evaluate, Generate, Inspect, Plan, Quantize, Tune
-from jaxquant.data import CalibrationConfig, TokenSet, evaluation_tokens, load_tokens
+from jaxquant.cli import Evaluate, Generate, Inspect, Plan, Quantize, Sample, Tune
+from jaxquant.data import CalibrationConfig, TokenSet, evaluation_tokens, load_tokens, mixed, save_tokens
 from jaxquant.finetune import FinetuneConfig
 from jaxquant.methods import Config
 from jaxquant.models.base import Model
@@ -219,11 +220,13 @@ def tune(args: Tune) -> None:
         micro_batch=args.micro_batch,
         seed=args.seed,
     )
-    config = dataclasses.replace(config, targets=args.targets, ends=args.ends)
+    config = dataclasses.replace(config, targets=args.targets, ends=args.ends, dtype=args.dtype)
     dense, tokenizer = load_model(source), load_tokenizer(directory)
     vocab, bos = saved.model.config.vocab_size, default_bos(saved.model)
     windows = CalibrationConfig(args.text, sequences=args.sequences, length=args.length, seed=args.seed, bos_id=bos)
     data = load_tokens(windows, tokenizer, vocab_size=vocab)
+    if args.sampled is not None:
+        data = mixed(data, args.sampled, seed=args.seed, vocab_size=vocab)
     target = args.out or directory.with_name(f"{directory.resolve().name}-{args.stage}")
     steps = tune_to_directory(saved, dense, data, config, target)
     total = saved.model.config.num_layers if args.stage == "block" else split(config.train, len(data.tokens)).chunks
@@ -231,6 +234,33 @@ def tune(args: Tune) -> None:
         out.print(f"{args.stage} {p.done}/{p.total}: held-out loss {p.before:.5g} -> {p.after:.5g}", highlight=False)
     tokenizer.save(target)
     out.print(f"saved: {target / export.MODEL_FILE}", highlight=False)
+
+
+def sample(args: Sample) -> None:
+    """Draws windows and saves them."""
+    if args.out.suffix != ".npy" or args.out.exists():
+        raise ValueError(f"{args.out}: expected the name of a new .npy file; remove the old one, or name another")
+    opened = open_model(args.model)
+    config = opened.model.config
+    if not 0 < args.prompt < args.length <= config.context_length:
+        raise ValueError(
+            f"sample: expected 0 < prompt < length <= {config.context_length}, got {args.prompt} and {args.length}"
+        )
+    begin = CalibrationConfig(
+        args.text, sequences=args.windows, length=args.prompt, seed=args.seed, bos_id=default_bos(opened.model)
+    )
+    prompts = load_tokens(begin, opened.tokenizer, vocab_size=config.vocab_size)
+    # On CPUs bfloat16 would be slower; elsewhere it halves the keys and values, which most of the time goes to.
+    dtype = opened.params["embed"]["weight"].dtype if jax.default_backend() == "cpu" else jnp.bfloat16
+    params = jax.device_put(trees.cast_floats(dense_tree(opened.params), dtype))
+    size = min(args.batch_size, args.windows)
+    drawn = []
+    for start in track(range(0, args.windows, size), "windows", total=-(-args.windows // size)):
+        batch = prompts.tokens[np.arange(start, start + size) % args.windows]  # one shape, one compilation
+        key = jax.random.fold_in(jax.random.key(args.seed), start)
+        drawn.append(np.asarray(generation.sample(opened.model, params, batch, length=args.length, key=key)))
+    save_tokens(args.out, np.concatenate(drawn)[: args.windows])
+    console().print(f"saved: {args.out}, {args.windows} x {args.length} tokens", highlight=False)
 
 
 def evaluate(args: Evaluate) -> None:
@@ -274,9 +304,11 @@ def generate(args: Generate) -> None:
     held = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e6
     packed = sum(map(is_quantized, trees.flatten(params).values()))
     out.print(f"weights {held:.1f} MB, {packed} layers read packed, {dtype}, {jax.devices()[0].device_kind}")
-    # The first two tokens wait for compilation, one for the prompt and one for single tokens.
-    seconds = moments[-1] - moments[1] if len(moments) > 2 else 0.0
-    speed = f"{(len(moments) - 2) / seconds:.1f} tokens per second" if seconds else "too few for a speed"
+    # One token comes with the prompt, then so many at a time; the first of these wait for compilation.
+    at_once = generation.STEPS
+    rounds = -(-(len(moments) - 1) // at_once) - 1
+    seconds = moments[-1] - moments[at_once] if rounds > 0 else 0.0
+    speed = f"{rounds * at_once / seconds:.1f} tokens per second" if seconds else "too few for a speed"
     out.print(f"prompt {len(prompt)} tokens, generated {len(ids)}: {speed} (batch 1, compilation left out)")
 
 

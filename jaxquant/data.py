@@ -97,6 +97,40 @@ def load_tokens(config: CalibrationConfig, tokenizer: Tokenizer | None, *, vocab
     return _token_set(cut, info, seed=config.seed, bos_id=config.bos_id)
 
 
+def mix(first: np.ndarray, second: np.ndarray, seed: int) -> np.ndarray:
+    """Windows of both arrays in random order, int32: those held out at the end are then of both kinds."""
+    both = np.concatenate([first, second]).astype(np.int32)
+    return both[np.random.default_rng(seed).permutation(len(both))]
+
+
+def mixed(data: TokenSet, file: Path, *, seed: int, vocab_size: int) -> TokenSet:
+    """Adds the windows of a `.npy` file to others, see `mix`.
+
+    Args:
+      data: windows.
+      file: integers [n, length], the length of those in `data`; see `save_tokens`.
+      seed: of the order.
+      vocab_size: of the model.
+
+    Raises:
+      ValueError: the file does not hold such windows.
+    """
+    more, info = _token_rows(str(file), "sampled", None, None, vocab_size)
+    if more.shape[1] != data.tokens.shape[1]:
+        raise ValueError(f"{file}: expected windows of {data.tokens.shape[1]} tokens, got {more.shape[1]}")
+    both = mix(data.tokens, more, seed)
+    return _token_set(both, {"parts": [data.provenance, info]}, seed=seed)
+
+
+def save_tokens(file: Path, tokens: np.ndarray) -> None:
+    """Writes windows [n, length] to a `.npy` file, whole or not at all, in as few bytes per id as do."""
+    kind = np.uint16 if tokens.max() < 2**16 else np.uint32
+    part = file.with_name(f"{file.name}.part")
+    with part.open("wb") as stream:
+        np.save(stream, tokens.astype(kind))
+    part.replace(file)
+
+
 def evaluation_tokens(
     source: str | None,
     tokenizer: Tokenizer | None,

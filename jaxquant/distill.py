@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxquant import stacked
+from jaxquant import stacked, trees
 from jaxquant.evaluate import over_chunks
 from jaxquant.models.base import Model
 from jaxquant.projection import CodeConfig
@@ -34,12 +34,14 @@ class DistillLoss:
       model: pure functions of the network.
       runs: the student's runs of equal blocks.
       teacher_runs: the teacher's.
+      dtype: of the activations, or None for that of the embedding.
       chunk: tokens per step of the head.
     """
 
     model: Model
     runs: tuple[Run, ...]
     teacher_runs: tuple[Run, ...]
+    dtype: str | None = None
     chunk: int = 2048
 
     def densify(self, params: Any) -> Any:
@@ -54,6 +56,7 @@ class DistillLoss:
           batch: tokens, int32 [windows, time].
           constants: {"teacher": {"blocks", "ends"}, "ends": the student's other parameters outside the blocks}.
         """
+        dense = trees.cast_floats(dense, self.dtype)
         ends, teacher = {**constants["ends"], **dense["ends"]}, constants["teacher"]
         x = stacked.hidden(self.model, self.runs, ends, dense["blocks"], batch)
         y = jax.lax.stop_gradient(
@@ -70,7 +73,7 @@ class DistillLoss:
 
 
 class Distillation(NamedTuple):
-    """A prepared run: the step, its data and constants, and how windows are split; and the parameters outside blocks."""
+    """A prepared run: the step, its data and constants, how windows are split, and parameters: trained ones and the rest."""
 
     step: Step
     data: Any
@@ -91,7 +94,7 @@ class Distillation(NamedTuple):
     def result(self, state: State) -> Any:
         """Returns the model's parameters with the best iterate, stored in the formats of the given ones."""
         best = result(state)
-        return {**self.constants["ends"], **best["ends"], "blocks": stacked.unstack(best["blocks"])}
+        return {**self.params["kept"], **best["ends"], "blocks": stacked.unstack(best["blocks"])}
 
 
 def prepare(
@@ -103,6 +106,7 @@ def prepare(
     *,
     codes: CodeConfig | None = None,
     ends: bool = False,
+    dtype: str | None = None,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Distillation:
     """Prepares the distillation of a quantized model.
@@ -123,6 +127,7 @@ def prepare(
       config: settings.
       codes: also change codes, by PV-tuning; None leaves them.
       ends: also train the embedding and the head, which are dense.
+      dtype: of the activations of both models; by default those of the embeddings. What is trained is float32 anyhow.
       optimizer: any optax transformation for the floats; by default `training.default_optimizer`.
 
     Raises:
@@ -134,14 +139,16 @@ def prepare(
     teacher_runs, teacher_blocks = stacked.stack(dense_params["blocks"], kinds)
     outer = {name: value for name, value in params.items() if name != "blocks"}
     trained = {name: value for name, value in outer.items() if ends or name == "norm"}
+    kept = {name: value for name, value in outer.items() if name not in trained}
     constants = {
-        "ends": {name: value for name, value in outer.items() if name not in trained},
+        "ends": kept,
         "teacher": {
             "blocks": teacher_blocks,
             "ends": {name: value for name, value in dense_params.items() if name != "blocks"},
         },
     }
-    loss = DistillLoss(model, runs, teacher_runs)
+    constants = trees.cast_floats(constants, dtype)
+    loss = DistillLoss(model, runs, teacher_runs, dtype)
     step = Step(loss, optimizer or default_optimizer(config, plan.chunks * plan.steps), codes)
     data = jnp.asarray(tokens, jnp.int32)
-    return Distillation(step, data, constants, config, plan, {"blocks": blocks, "ends": trained})
+    return Distillation(step, data, constants, config, plan, {"blocks": blocks, "ends": trained, "kept": kept})

@@ -16,7 +16,7 @@ from jaxquant.finetune import FinetuneConfig, Targets, TuneReport
 from jaxquant.methods import METHODS, Config
 from jaxquant.models.base import Model
 from jaxquant.problem import LayerProblem, dead_columns, relative_error, retarget
-from jaxquant.tensors import QuantizedTensor, bits_per_weight
+from jaxquant.tensors import QuantizedTensor, bits_per_weight, dense_weight
 from jaxquant.training import split
 from jaxquant.warmup import compile_ahead
 
@@ -181,7 +181,7 @@ def _quantize_block(
                 eigenvalues=eigenvalues,
             )
             block = trees.replace(block, f"{name}/weight", tensor)
-            passes = trees.replace(passes, f"{name}/weight", stream.dense_weight(tensor, hidden[0].dtype))
+            passes = trees.replace(passes, f"{name}/weight", dense_weight(tensor, hidden[0].dtype))
             reports.append(report)
     return block, reports
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxquant.finetune import FinetuneConfig, TuneReport, finetune_block
 from jaxquant.models.base import Model, run_block, run_embed
-from jaxquant.tensors import dense, is_quantized
+from jaxquant.tensors import dense_tree
 
 
 class Walked(NamedTuple):
@@ -19,20 +19,6 @@ class Walked(NamedTuple):
     block: Any
     note: Any
     tuning: TuneReport | None
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def dense_weight(weight: Any, dtype: np.dtype) -> jax.Array:
-    """Returns a weight, quantized or not, as an array of `dtype`."""
-    return dense(weight).astype(dtype)
-
-
-def dense_block(block: Any, dtype: np.dtype) -> Any:
-    """Returns a block with dense weights in `dtype`.
-
-    Forward passes run on these, so they are compiled once, however many formats the layers have.
-    """
-    return jax.tree.map(lambda x: dense_weight(x, dtype) if is_quantized(x) else x, block, is_leaf=is_quantized)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "kind"))
@@ -91,7 +77,8 @@ def walk(
         if index >= start and finetune:
             targets = model_hidden if to_model and model_hidden is not None else [run(h) for h in hidden]
             block, tuning = finetune_block(model, block, hidden, targets, finetune, kind=kind)
-        passes = dense_block(block, hidden[0].dtype)
+        # Dense weights: forward passes are compiled once, however many formats the layers have.
+        passes = dense_tree(block, hidden[0].dtype)
         hidden = [run_block(model, passes, h, kind=kind) for h in hidden]
         if index >= start:
             yield Walked(index, block, note, tuning)

@@ -53,15 +53,15 @@ def is_quantized(x: Any) -> bool:
     return isinstance(x, QuantizedTensor)
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
+def dense_weight(weight: Any, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+    """Returns a weight, quantized or not, as an array, cast to `dtype` unless None."""
+    return dense(weight) if dtype is None else dense(weight).astype(dtype)
+
+
 def dense_tree(tree: Any, dtype: jax.typing.DTypeLike | None = None) -> Any:
     """Returns `tree` with every QuantizedTensor dequantized, cast to `dtype` unless None."""
-
-    def convert(x: Any) -> Any:
-        if not is_quantized(x):
-            return x
-        return x.dequantize() if dtype is None else x.dequantize().astype(dtype)
-
-    return jax.tree.map(convert, tree, is_leaf=is_quantized)
+    return jax.tree.map(lambda x: dense_weight(x, dtype) if is_quantized(x) else x, tree, is_leaf=is_quantized)
 
 
 def bits_per_weight(tensor: QuantizedTensor) -> float:

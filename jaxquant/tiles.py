@@ -143,13 +143,17 @@ class TiledTensor(QuantizedTensor):
             return level_table(self.levels, self.widest)[table_index(widths, codes)]
         runs = trellis.rings(class_sizes(self.shape[0], self.widths.shape[-2]), self.state_bits)
         state = trellis.states(codes, widths, runs, self.state_bits)
-        return self.levels.astype(jnp.float32)[widths] * jnp.asarray(trellis.table(self.state_bits))[state]
+        # Looked up once per tile: the derivative adds up the tiles first, not every weight in one of nine places.
+        gains = self.levels.astype(jnp.float32)[self.widths.unpack().astype(jnp.int32)]
+        gains = jnp.repeat(gains[class_of_row(self.shape[0], len(gains))], TILE, axis=1)
+        return gains * jnp.asarray(trellis.table(self.state_bits))[state]
 
     def dequantize(self) -> jax.Array:
         """Returns the dense weight, float32 [out, in]."""
         values = self.code_levels(self.codes())[:, : self.shape[1]]
-        values = values[jnp.argsort(self.row_order())]
-        values = values[:, jnp.argsort(self.column_order())]
+        rows, columns = jnp.argsort(self.row_order()), jnp.argsort(self.column_order())
+        # Said to be permutations, so that the derivative need not add up.
+        values = values.at[rows].get(unique_indices=True).at[:, columns].get(unique_indices=True)
         scale = self.row_scale.astype(jnp.float32)[:, None] * self.column_scale.astype(jnp.float32)[None, :]
         return values * scale
 

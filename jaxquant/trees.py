@@ -55,6 +55,11 @@ def is_float(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
 
 
+def cast_floats(tree: Any, dtype: jax.typing.DTypeLike | None) -> Any:
+    """Returns `tree` with its float arrays in `dtype`; None leaves them as they are."""
+    return tree if dtype is None else jax.tree.map(lambda x: x.astype(dtype) if is_float(x) else x, tree)
+
+
 def partition(tree: Any) -> tuple[Any, Any]:
     """Splits a tree into what gradients and optimizers work on and what they must not touch.
 

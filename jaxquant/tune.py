@@ -38,6 +38,7 @@ class TuneConfig:
       codes: of the V step; used by "pv" only.
       targets: of "block", see `finetune.FinetuneConfig`.
       ends: "distill" and "pv": also train the embedding and the head, which are dense.
+      dtype: "distill" and "pv": of activations, see `distill.prepare`.
     """
 
     stage: Stage
@@ -45,6 +46,7 @@ class TuneConfig:
     codes: CodeConfig | None = None
     targets: Literal["prefix", "model"] = "prefix"
     ends: bool = False
+    dtype: str | None = None
 
     @classmethod
     def preset(cls, stage: Stage, **train: Any) -> "TuneConfig":
@@ -149,7 +151,14 @@ def _distill(
 ) -> Any:
     del batch_size  # the held-out windows are judged in micro-batches
     run = distill.prepare(
-        saved.model, saved.params, dense.params, tokens, config.train, codes=config.codes, ends=config.ends
+        saved.model,
+        saved.params,
+        dense.params,
+        tokens,
+        config.train,
+        codes=config.codes,
+        ends=config.ends,
+        dtype=config.dtype,
     )
     state = run.begin()
     with checkpoint.state_store(out) as store:

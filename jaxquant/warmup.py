@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant import ratedistortion, stats, stream, trees
+from jaxquant import ratedistortion, stats, trees
 from jaxquant.methods import METHODS, Config
 from jaxquant.models.base import Model, run_block
 from jaxquant.problem import LayerProblem, relative_error
+from jaxquant.tensors import dense_weight
 
 
 def call_all(calls: Iterable[Callable[[], Any]]) -> None:
@@ -34,7 +35,7 @@ def solve_zeros(shape: tuple[int, int], config: Config, key: jax.Array, dtype: n
     tensor = METHODS[type(config)](problem, config, key=key)
     error = relative_error(problem, tensor)
     spectrum = ratedistortion.spectrum(problem.hessian)
-    return ratedistortion.rate_at_error(problem, error, spectrum), stream.dense_weight(tensor, dtype)
+    return ratedistortion.rate_at_error(problem, error, spectrum), dense_weight(tensor, dtype)
 
 
 def compile_ahead(

@@ -99,14 +99,14 @@ def test_packed_text_is_that_of_the_dense_copy(saved):
 
 
 def test_the_command_prints_text_and_speed(saved, capsys):
-    command = ["generate", str(saved), "--prompt", "a grey cat [sat", "--tokens", "5"]
+    command = ["generate", str(saved), "--prompt", "a grey cat [sat", "--tokens", "34"]
     texts = []
     for more in ([], ["--dense"]):
         assert cli.main([*command, *more]) == 0
         text = capsys.readouterr().out
         assert text.startswith("a grey cat [sat")
         assert f"{0 if more else 13} layers read packed" in text
-        assert "prompt 16 tokens, generated 5" in text
+        assert "prompt 16 tokens, generated 34" in text
         assert "tokens per second" in text
         texts.append(text[: text.index("\nweights ")])
     assert texts[0] == texts[1]

@@ -1,5 +1,6 @@
 """Products with additive codes in slots: which implementation can do which, and calling it."""
 
+import functools
 from typing import Any
 
 import jax
@@ -112,6 +113,7 @@ def codebook_matmul(
     return product(x, slots, codebooks, scale, **settings)
 
 
+@functools.partial(jax.jit, static_argnames=("dimension", "dtype"))  # layers of one shape are lowered once
 def banked_matmul(
     x: jax.Array,
     words: jax.Array,

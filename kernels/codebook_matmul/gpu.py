@@ -176,7 +176,6 @@ def _kernel(*refs, plan: Plan):
     thread(*place, x, words, books, y, *scratch, *scale)
 
 
-@functools.partial(jax.jit, static_argnames=("dimension", "dtype", "config"))  # layers of one shape are compiled once
 def lookup_matmul(
     x: jax.Array,
     words: jax.Array,

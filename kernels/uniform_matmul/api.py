@@ -1,5 +1,6 @@
 """Products with scalar codes in half words: which implementation can do which, and calling it."""
 
+import functools
 from typing import Any
 
 import jax
@@ -68,6 +69,7 @@ def level_matmul(x: jax.Array, words: jax.Array, levels: jax.Array, scale: jax.A
     return tpu.level_matmul(x, words, levels, scale, bits=bits)
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "dtype"))  # layers of one shape are lowered once
 def uniform_tile_matmul(
     x: jax.Array, words: jax.Array, scale: jax.Array, zero: jax.Array | None, *, bits: int, dtype: Any
 ) -> jax.Array:
@@ -77,6 +79,7 @@ def uniform_tile_matmul(
     return (gpu if len(x) <= GPU_TOKENS else gpu_batch).uniform_matmul(x, words, scale, zero, bits=bits, dtype=dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "dtype"))  # layers of one shape are lowered once
 def level_tile_matmul(
     x: jax.Array, words: jax.Array, levels: jax.Array, scale: jax.Array | None, *, bits: int, dtype: Any
 ) -> jax.Array:
