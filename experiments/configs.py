@@ -170,15 +170,10 @@ EXPERIMENTS: dict[str, Layers | WholeModel | Speed | Tuning] = {
         targets="model",
     ),
     "tuning": Tuning(
-        {
-            "aqlm 2-bit": AQLMConfig(),
-            "trellis 2-bit": TrellisConfig(2.1),
-            "trellis 2.5-bit": TrellisConfig(2.5),
-            "trellis 3-bit": TrellisConfig(3.0),
-        },
-        block=FinetuneConfig(TrainConfig(4e-3, epochs=10, batch_size=8, micro_batch=4)),
-        distill=TrainConfig(1e-3, epochs=4, batch_size=8, micro_batch=2, chunks=8),
-        pv=TrainConfig(5e-4, epochs=4, batch_size=8, micro_batch=2, chunks=8),
+        {f"trellis {b} bits": TrellisConfig(b) for b in (2.15, 2.5, 3.04, 4.02)},
+        block=FinetuneConfig(TrainConfig(4e-3, epochs=4, batch_size=8, micro_batch=4)),
+        distill=TrainConfig(1e-3, epochs=1, batch_size=8, micro_batch=4, held_out=0.025, chunks=4),
+        pv=TrainConfig(1e-3, epochs=2, batch_size=8, micro_batch=4, held_out=0.025, chunks=4),
     ),
     "speed": Speed({**_SPEED, "aqlm 1x16 g8": AQLMConfig(1, 16, beam_size=1)}),
     "scaling": Speed(

@@ -43,6 +43,7 @@ class Arguments:
       sampled: windows of text from the model itself (`jaxquant sample`), for experiments that tune.
       only: run only the method of this name, or, if there is none, those whose name holds it.
       results: where results go.
+      seeds: of an experiment that tunes, in place of its own.
       shared: other work runs on the device, so seconds would mean nothing: whole-model results are stored without.
     """
 
@@ -55,6 +56,7 @@ class Arguments:
     only: str = ""
     results: Path = RESULTS
     shared: bool = False
+    seeds: tuple[int, ...] | None = None
 
 
 def wanted(only: str, methods: dict[str, Any]) -> dict[str, Any]:
@@ -196,6 +198,7 @@ def main() -> int:
         elif isinstance(experiment, WholeModel):
             run_model(args, experiment)
         elif isinstance(experiment, Tuning):
+            experiment = dataclasses.replace(experiment, seeds=args.seeds or experiment.seeds)
             options = (args.model, args.calibration, args.text, args.sampled)
             tuning.run(experiment, *options, store=functools.partial(stored, args))
         else:
