@@ -15,7 +15,6 @@ from jaxquant.methods import (
     RTNConfig,
     TrellisConfig,
 )
-from jaxquant.pipeline import Targets
 from jaxquant.projection import CodeConfig
 from jaxquant.training import TrainConfig
 
@@ -44,10 +43,10 @@ class Allocated:
 
 @dataclasses.dataclass(frozen=True)
 class WholeModel:
-    """A whole model, quantized block by block, then perplexity and KL on a text."""
+    """A whole model, quantized block by block, then perplexity and KL on a text; `guided` as of `jaxquant quantize`."""
 
     methods: dict[str, Config | Allocated | None]
-    targets: Targets = "prefix"
+    guided: bool = False
     sequences: int = 128
     length: int = 2048
     batch_size: int = 8
@@ -72,9 +71,10 @@ class Tuning:
       distill: of distillation, after that.
       pv: of PV-tuning, after that.
       codes: of its V step.
+      guided: as of `jaxquant quantize`.
       ends: distillation and PV-tuning also train the embedding.
       dtype: of activations in distillation and PV-tuning.
-      seeds: of the calibration windows, the methods and the order of the windows.
+      seeds: of the tuning: the order of the windows, and which are held out. The quantized model is the same for all.
       sequences: calibration and tuning windows.
       length: tokens per window.
       batch_size: windows per forward pass.
@@ -85,6 +85,7 @@ class Tuning:
     distill: TrainConfig
     pv: TrainConfig
     codes: CodeConfig = CodeConfig()  # noqa: RUF009  # frozen
+    guided: bool = True
     ends: bool = True
     dtype: str = "bfloat16"
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -162,12 +163,14 @@ EXPERIMENTS: dict[str, Layers | WholeModel | Speed | Tuning] = {
             "lnq 3-bit": LNQConfig(3),
         }
     ),
-    "model-targets": WholeModel(
+    "guided": WholeModel(
         {
             "gptq 3-bit": GPTQConfig(3),
-            **{f"trellis {b} bits": TrellisConfig(b) for b in (2.06, 2.16, 2.56, 3.05, 4.03)},
+            "gptvq 2D 3-bit": GPTVQConfig(3, 2),
+            "aqlm 2x8 g8": AQLMConfig(),
+            **{f"trellis {b} bits": TrellisConfig(b) for b in (2.06, 2.56, 3.06, 4.06)},
         },
-        targets="model",
+        guided=True,
     ),
     "tuning": Tuning(
         {f"trellis {b} bits": TrellisConfig(b) for b in (2.15, 2.5, 3.04, 4.02)},

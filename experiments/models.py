@@ -17,10 +17,10 @@ from jaxquant.evaluate import evaluate
 from jaxquant.methods import Config
 from jaxquant.models.base import Model
 from jaxquant.models.load import load_model
-from jaxquant.pipeline import LayerReport, Targets, quantize_blocks
+from jaxquant.pipeline import LayerReport, quantize_blocks
 from jaxquant.plan import linear_paths, variants
 from jaxquant.progress import track
-from jaxquant.sensitivity import allocate_layers, layer_costs
+from jaxquant.sensitivity import allocate_layers, layer_costs, token_importance
 from jaxquant.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -88,7 +88,7 @@ def quantize(
     batch_size: int,
     *,
     seed: int = 0,
-    targets: Targets = "prefix",
+    guided: bool = False,
 ) -> tuple[Any, list[LayerReport]]:
     """Returns the parameters with all linear layers quantized, and a report for each."""
     key = jax.random.key(seed)
@@ -96,7 +96,9 @@ def quantize(
         plan = _allocate(task, config, name, batch_size, key)
     else:
         plan = resolve([Rule(".*", config)], linear_paths(task.model, task.params))
-    options: dict[str, Any] = {"key": key, "batch_size": batch_size, "targets": targets}
+    options: dict[str, Any] = {"key": key, "batch_size": batch_size}
+    if guided:
+        options["importance"] = token_importance(task.model, task.params, task.tokens, **options)
     blocks, reports = list(task.params["blocks"]), []
     results = quantize_blocks(task.model, task.params, task.tokens, plan, **options)
     for result in track(results, name, total=len(blocks)):

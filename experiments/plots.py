@@ -73,7 +73,7 @@ def speed(results: list[Result]) -> Any:
 PLOTS: dict[str, Callable[[list[Result]], Any]] = {
     "layers": layers,
     "pareto": whole_model,
-    "model-targets": whole_model,
+    "guided": whole_model,
     "smollm2": whole_model,
     "scaling": speed,
 }

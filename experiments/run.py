@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ class Arguments:
       calibration: its calibration text.
       text: its evaluation text.
       sampled: windows of text from the model itself (`jaxquant sample`), for experiments that tune.
-      only: run only the method of this name, or, if there is none, those whose name holds it.
+      only: run only the method of this name, or, if there is none, those in whose names this regular expression is found.
       results: where results go.
       seeds: of an experiment that tunes, in place of its own.
       shared: other work runs on the device, so seconds would mean nothing: whole-model results are stored without.
@@ -61,7 +62,9 @@ class Arguments:
 
 def wanted(only: str, methods: dict[str, Any]) -> dict[str, Any]:
     """The methods that `--only` asks for."""
-    return {name: config for name, config in methods.items() if (name == only if only in methods else only in name)}
+    if only in methods:
+        return {only: methods[only]}
+    return {name: config for name, config in methods.items() if re.search(only, name)}
 
 
 def stored(args: Arguments, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
@@ -131,14 +134,14 @@ def run_model(args: Arguments, experiment: WholeModel) -> None:
             began = time.perf_counter()
             params, reports = task.params, []
             if config is not None:
-                params, reports = models.quantize(task, config, name, experiment.batch_size, targets=experiment.targets)
+                params, reports = models.quantize(task, config, name, experiment.batch_size, guided=experiment.guided)
             jax.block_until_ready(params)
             seconds = time.perf_counter() - began  # compilation included
             figures = models.evaluation(task, params, reports, name)
             return {**figures, "seconds": None if args.shared else seconds}
 
         settings = {**task.about, "method": name, "config": models.describe(config)}
-        stored(args, settings | ({} if experiment.targets == "prefix" else {"targets": experiment.targets}), measure)
+        stored(args, settings | ({"guided": True} if experiment.guided else {}), measure)
 
 
 def square_problem(n: int, tokens: int) -> LayerProblem:

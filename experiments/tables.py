@@ -127,7 +127,7 @@ TABLES: dict[str, Callable[[list[Result]], str]] = {
     "layers paper": layers_paper,
     "smollm2": whole_model,
     "pareto": whole_model,
-    "model-targets": whole_model,
+    "guided": whole_model,
     "speed": speed,
     "scaling": speed,
     "generation": generation,

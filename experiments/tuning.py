@@ -18,7 +18,6 @@ from jaxquant.checkpoint import describe_config
 from jaxquant.commands import default_bos
 from jaxquant.data import evaluation_tokens, mix
 from jaxquant.distill import prepare
-from jaxquant.methods import Config
 from jaxquant.pipeline import tune_blocks
 from jaxquant.progress import track
 from jaxquant.tensors import is_quantized
@@ -27,10 +26,25 @@ STAGES = ("none", "block", "distill", "pv")
 
 
 class _Chain:
-    """The stages of one method and seed; each is computed when first asked for, from the one before it."""
+    """The stages of one method and seed; each is computed when first asked for, from the one before it.
 
-    def __init__(self, task: models.Task, experiment: Tuning, config: Config, seed: int, extra: np.ndarray | None):
-        self.task, self.experiment, self.config, self.seed = task, experiment, config, seed
+    Args:
+      task: model and texts.
+      experiment: settings.
+      quantized: function that returns the quantized model, the same for all seeds.
+      seed: of the order of the windows, and of which are held out.
+      extra: more windows, or None.
+    """
+
+    def __init__(
+        self,
+        task: models.Task,
+        experiment: Tuning,
+        quantized: Callable[[], Any],
+        seed: int,
+        extra: np.ndarray | None,
+    ):
+        self.task, self.experiment, self.quantized, self.seed = task, experiment, quantized, seed
         self.windows = task.tokens if extra is None else mix(task.tokens, extra, seed)
         self.stage = functools.cache(self._stage)
 
@@ -39,7 +53,7 @@ class _Chain:
         before = self.stage(STAGES[STAGES.index(stage) - 1])[0] if stage != "none" else None
         began = time.perf_counter()
         if stage == "none":
-            params, _ = models.quantize(self.task, self.config, stage, self.experiment.batch_size, seed=self.seed)
+            params = self.quantized()
         elif stage == "block":
             params = self._tune_blocks(before)
         else:
@@ -86,15 +100,20 @@ def run(
     """
     extra = None if sampled is None else np.load(sampled).astype(np.int32)
     about = {} if sampled is None else {"sampled": hashlib.sha256(Path(sampled).read_bytes()).hexdigest()}
+    task = models.open_task(model, calibration, text, experiment.sequences, experiment.length)
+    third = evaluation_tokens(None, task.tokenizer, length=experiment.length, bos_id=default_bos(task.model)).tokens
+
+    @functools.cache
+    def quantized(name: str) -> Any:
+        config, size = experiment.methods[name], experiment.batch_size
+        return models.quantize(task, config, name, size, guided=experiment.guided)[0]
+
     for seed in experiment.seeds:
-        task = models.open_task(model, calibration, text, experiment.sequences, experiment.length, seed)
-        bos = default_bos(task.model)
-        third = evaluation_tokens(None, task.tokenizer, length=experiment.length, bos_id=bos).tokens
         for name, config in experiment.methods.items():
-            chain = _Chain(task, experiment, config, seed, extra)
+            chain = _Chain(task, experiment, functools.partial(quantized, name), seed, extra)
             for stage in STAGES:
 
-                def measure(chain=chain, stage=stage, task=task, third=third):
+                def measure(chain=chain, stage=stage):
                     params, seconds = chain.stage(stage)
                     other = models.evaluation(task._replace(text=third), params, [], f"{stage}, built-in text")
                     figures = models.evaluation(task, params, [], stage)
@@ -109,16 +128,22 @@ def run(
                     }
                     return {k: v for k, v in figures.items() if k != "layers"} | more
 
-                settings = {"method": name, "config": describe_config(config), "stage": stage, "seed": seed}
+                settings = {
+                    "method": name,
+                    "config": describe_config(config),
+                    "stage": stage,
+                    "seed": seed if stage != "none" else 0,
+                }
                 store({**task.about, **about, **settings, "tuning": _settings(experiment, stage)}, measure)
 
 
 def _settings(experiment: Tuning, stage: str) -> dict[str, Any]:
     """Settings of all stages up to this one."""
+    quantized = {"guided": True} if experiment.guided else {}
     more = {"ends": experiment.ends, "dtype": experiment.dtype}
     parts = {
         "block": dataclasses.asdict(experiment.block),
         "distill": dataclasses.asdict(experiment.distill) | more,
         "pv": dataclasses.asdict(experiment.pv) | more | {"codes": dataclasses.asdict(experiment.codes)},
     }
-    return {k: v for k, v in parts.items() if STAGES.index(k) <= STAGES.index(stage)}
+    return quantized | {k: v for k, v in parts.items() if STAGES.index(k) <= STAGES.index(stage)}

@@ -52,7 +52,7 @@ def fingerprint(
     *,
     seed: int,
     batch_size: int,
-    targets: str = "prefix",
+    guided: bool = False,
     finetune: FinetuneConfig | None = None,
 ) -> dict[str, Any]:
     """Returns all that determines the result of a run, ready for JSON.
@@ -63,7 +63,7 @@ def fingerprint(
       plan: {path: settings or None}.
       seed: of the run's key.
       batch_size: sequences per forward pass; it moves float rounding.
-      targets: see `pipeline.quantize_blocks`.
+      guided: see `run.quantize_to_directory`.
       finetune: settings of block fine-tuning, or None.
     """
     plan_json = {path: describe_config(config) for path, config in plan.items()}
@@ -76,7 +76,7 @@ def fingerprint(
                 "plan": plan_json,
                 "seed": seed,
                 "batch_size": batch_size,
-                "targets": targets,
+                "guided": guided,
                 "finetune": None if finetune is None else dataclasses.asdict(finetune),
             }
         )

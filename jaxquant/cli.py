@@ -96,8 +96,8 @@ class Quantize(_Planned):
     Attributes:
       out: directory for the result.
       dense: also save the dequantized model in bfloat16, for transformers, in OUT/dense.
-      targets: what a layer's outputs should be: "prefix", what its weight gives on the inputs that it will get, or
-        "model", what they are in the dense model, so that layers make up for the errors of those before them.
+      guided: weigh calibration tokens by how much a layer's outputs there matter to the model's predictions, which one
+        backward pass through the dense model tells: better results for the same bits. Holds the inputs of all blocks.
       finetune: epochs of fine-tuning of each block, once it is quantized, on the calibration text; 0 for none.
       finetune_rate: largest step of fine-tuning, relative to the size of each array.
       finetune_targets: as `tune --targets`.
@@ -106,7 +106,7 @@ class Quantize(_Planned):
     _: dataclasses.KW_ONLY
     out: Path
     dense: bool = False
-    targets: Literal["prefix", "model"] = "prefix"
+    guided: bool = False
     finetune: int = 0
     finetune_rate: float = 4e-3
     finetune_targets: Literal["prefix", "model"] = "prefix"

@@ -155,7 +155,7 @@ def quantize(args: Quantize) -> None:
         micro = min(4, args.batch_size)
         train = TrainConfig(args.finetune_rate, epochs=args.finetune, batch_size=micro, micro_batch=micro)
         finetune = FinetuneConfig(train, args.finetune_targets)
-    options = {"seed": args.seed, "batch_size": args.batch_size, "targets": args.targets, "finetune": finetune}
+    options = {"seed": args.seed, "batch_size": args.batch_size, "guided": args.guided, "finetune": finetune}
     results = quantize_to_directory(loaded, data, chosen, args.out, **options)
     for _ in track(results, "blocks", total=len(loaded.params["blocks"])):
         pass

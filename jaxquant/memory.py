@@ -53,7 +53,7 @@ def estimate(
     steps: dict[str, int] = {}
     for group in model.groups:
         columns = trees.get(block, group[0])["weight"].shape[1]
-        gram = jax.ShapeDtypeStruct((columns, columns), jnp.float32)
+        gram = jax.ShapeDtypeStruct((1, columns, columns), jnp.float32)
         lowered = capture_update.lower(model, block, hidden, gram, kind=kind, group=group)
         steps[f"statistics of {group[0]}"] = _working_set(lowered) + columns * columns * 4
     key = jax.random.key(0)

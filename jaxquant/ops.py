@@ -40,8 +40,6 @@ from jaxquant.tensors import (
 from jaxquant.tile_tensors import LevelTileTensor, UniformTileTensor, has_scalar_codes, tile_tensor
 
 Implementation = Literal["reference", "cpu", "tpu", "gpu"]
-# Of the GPU kernels, those that have passed their tests on a GPU run by default; the others when they are asked for.
-_GPU_CHOICE, _GPU_CHOICE_TOKENS = BankedTensor, 8
 
 
 def matmul(
@@ -98,13 +96,10 @@ def supports(weight: Any, implementation: str, *, tokens: int = 1) -> str | None
 def choose(weight: Any, *, tokens: int = 1) -> Implementation:
     """The implementation that `matmul` uses where none is asked for."""
     leaves = [leaf for leaf in _leaves(weight) if isinstance(leaf, QuantizedTensor)]
-    if jax.default_backend() == "gpu":
-        passed = tokens <= _GPU_CHOICE_TOKENS and all(isinstance(leaf, _GPU_CHOICE) for leaf in leaves)
-        return "gpu" if leaves and passed and supports(weight, "gpu", tokens=tokens) is None else "reference"
-    for kernel in ("cpu", "tpu"):
-        if leaves and kernel == jax.default_backend() and all(_lies_for(leaf, kernel) for leaf in leaves):
-            return kernel if supports(weight, kernel, tokens=tokens) is None else "reference"
-    return "reference"
+    kernel: Any = jax.default_backend()
+    if kernel not in ("cpu", "tpu", "gpu") or not leaves or not all(_lies_for(leaf, kernel) for leaf in leaves):
+        return "reference"
+    return kernel if supports(weight, kernel, tokens=tokens) is None else "reference"
 
 
 def _lies_for(weight: Any, kernel: str) -> bool:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant import ratedistortion, stats, stream, trees
-from jaxquant.finetune import FinetuneConfig, Targets, TuneReport
+from jaxquant.finetune import FinetuneConfig, TuneReport
 from jaxquant.methods import METHODS, Config
 from jaxquant.models.base import Model
-from jaxquant.problem import LayerProblem, dead_columns, relative_error, retarget
+from jaxquant.problem import LayerProblem, dead_columns, relative_error
 from jaxquant.tensors import QuantizedTensor, bits_per_weight, dense_weight
 from jaxquant.training import split
 from jaxquant.warmup import compile_ahead
@@ -129,6 +129,30 @@ def _dense_report(path: str, weight: Any) -> LayerReport:
     return LayerReport(path, weight.shape, str(weight.dtype), weight.size * weight.dtype.itemsize * 8)
 
 
+def _hessians(
+    model: Model,
+    block: Any,
+    hidden: Sequence[jax.Array],
+    kind: str,
+    group: tuple[str, ...],
+    importance: Mapping[str, np.ndarray] | None,
+) -> dict[str, jax.Array]:
+    """Second moments of a group's inputs over all tokens: of each layer with its weights, or the first's for all."""
+    columns = trees.get(block, group[0])["weight"].shape[1]
+    if importance is None:
+        group_weights: list[jax.Array | None] = [None] * len(hidden)
+        names, total = group[:1], np.asarray(float(sum(h.shape[0] * h.shape[1] for h in hidden)), np.float32)
+    else:
+        each = np.stack([importance[name] for name in group])
+        cuts = np.cumsum([len(h) for h in hidden])[:-1]
+        group_weights = [jnp.asarray(w) for w in np.split(each, cuts, axis=1)]
+        names, total = group, each.sum(axis=(1, 2))[:, None, None]
+    grams = stats.init(columns, len(names))
+    for h, w in zip(hidden, group_weights, strict=True):
+        grams = stats.capture_update(model, block, h, grams, w, kind=kind, group=group)
+    return dict(zip(names, grams / total, strict=True))
+
+
 def _quantize_block(
     model: Model,
     block: Any,
@@ -136,49 +160,35 @@ def _quantize_block(
     plan: Mapping[str, Config | None],
     index: int,
     key: jax.Array,
-    clean: Sequence[jax.Array] | None,
+    importance: Mapping[str, np.ndarray] | None,
 ) -> tuple[Any, list[LayerReport]]:
-    """Quantizes the groups of a block in order, each on inputs that passed the groups before it.
-
-    With `clean`, the block's inputs in the dense model, each layer aims at its outputs there.
-    """
+    """Quantizes the groups of a block in order, each on inputs that passed the groups before it."""
     kind, prefix = model.config.layer_kinds[index], f"blocks/{index}/"
     tokens = sum(h.shape[0] * h.shape[1] for h in hidden)
-    original = block
     reports, passes = [], block  # what the forward passes see: dense weights, the new ones as they will be decoded
     for group in model.groups:
-        weights = {name: trees.get(block, name)["weight"] for name in group}
-        hessian = cross = eigenvalues = None
+        hessians = {}
         if any(plan[prefix + name] is not None for name in group):
-            gram = stats.init(weights[group[0]].shape[1])
-            if clean is None:
-                for h in hidden:
-                    gram = stats.capture_update(model, passes, h, gram, kind=kind, group=group)
-            else:
-                cross = stats.init(len(gram))
-                for h, c in zip(hidden, clean, strict=True):
-                    gram, cross = stats.cross_update(model, passes, h, original, c, gram, cross, kind=kind, group=group)
-                cross /= tokens
-            hessian = gram / tokens
-            eigenvalues = ratedistortion.spectrum(hessian)
+            hessians = _hessians(model, passes, hidden, kind, group, importance)
+        spectra = {name: ratedistortion.spectrum(hessian) for name, hessian in hessians.items()}
         damps = {}  # a factorization each, and layers that share the hessian mostly share the settings
-        for name, weight in weights.items():
-            config = plan[prefix + name]
+        for name in group:
+            weight, config = trees.get(block, name)["weight"], plan[prefix + name]
             if config is None:
                 reports.append(_dense_report(prefix + name, weight))
                 continue
-            assert hessian is not None
-            if config not in damps:
-                damps[config] = stats.damping_used(hessian, config)
+            source = name if name in hessians else group[0]
+            if (source, config) not in damps:
+                damps[source, config] = stats.damping_used(hessians[source], config)
             tensor, report = quantize_layer(
                 prefix + name,
-                weight if cross is None else retarget(weight.astype(jnp.float32), hessian, cross),
-                hessian,
+                weight,
+                hessians[source],
                 config,
                 key=key,
                 tokens=tokens,
-                damp=damps[config],
-                eigenvalues=eigenvalues,
+                damp=damps[source, config],
+                eigenvalues=spectra[source],
             )
             block = trees.replace(block, f"{name}/weight", tensor)
             passes = trees.replace(passes, f"{name}/weight", dense_weight(tensor, hidden[0].dtype))
@@ -195,7 +205,7 @@ def quantize_blocks(
     key: jax.Array,
     batch_size: int = 8,
     start: int = 0,
-    targets: Targets = "prefix",
+    importance: Sequence[Mapping[str, np.ndarray]] | None = None,
     finetune: FinetuneConfig | None = None,
     dense_blocks: Sequence[Any] | None = None,
 ) -> Iterator[BlockResult]:
@@ -212,11 +222,10 @@ def quantize_blocks(
       key: seeds the methods, by path.
       batch_size: sequences per forward pass; it changes results by float rounding only.
       start: first block to quantize.
-      targets: what a layer's outputs should be: "prefix", what its weight gives on the inputs that it will get, or
-        "model", what they are in the dense model, so that layers also make up for the errors of those before them; see
-        `problem.retarget`. Errors in the reports are then relative to those targets.
+      importance: weights of the tokens in the second moments, for each block {layer: float32 [n, length]}, from
+        `sensitivity.token_importance`; None for ones. Errors in the reports are weighted likewise.
       finetune: fine-tune every block once its layers are quantized, or None.
-      dense_blocks: of the dense model; by default those of `params`; needed for targets in it from a later start.
+      dense_blocks: of the dense model; by default those of `params`; needed to fine-tune towards it from a later start.
 
     Yields:
       BlockResult for each block from `start` on.
@@ -231,13 +240,14 @@ def quantize_blocks(
     if finetune:
         split(finetune.train, len(tokens))  # too few windows: fail now, not after the first block
     if start < len(params["blocks"]):
-        compile_ahead(model, params, plan, tokens[:batch_size].shape, key, start)
+        compile_ahead(model, params, plan, tokens[:batch_size].shape, key, start, weighted=importance is not None)
 
-    def change(index, block, hidden, clean):
-        return _quantize_block(model, block, hidden, plan, index, key, clean)
+    def change(index, block, hidden):
+        return _quantize_block(
+            model, block, hidden, plan, index, key, None if importance is None else importance[index]
+        )
 
     options = {"batch_size": batch_size, "start": start, "finetune": finetune, "dense_blocks": dense_blocks}
-    options["clean"] = targets == "model"
     yield from (BlockResult(*done) for done in stream.walk(model, params, tokens, change, **options))
 
 
@@ -254,5 +264,5 @@ def tune_blocks(
     """Fine-tunes the blocks of a quantized model one after the other; arguments as of `quantize_blocks`."""
     split(finetune.train, len(tokens))
     options = {"batch_size": batch_size, "start": start, "finetune": finetune, "dense_blocks": dense_blocks}
-    keep = stream.walk(model, params, tokens, lambda _, block, __, ___: (block, []), **options)
+    keep = stream.walk(model, params, tokens, lambda _, block, __: (block, []), **options)
     yield from (BlockResult(*done) for done in keep)

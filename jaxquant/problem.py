@@ -6,10 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxquant.linalg import damped
 from jaxquant.tensors import QuantizedTensor, dense
-
-_RIDGE = 1e-2  # of `retarget`
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "hessian"], meta_fields=[])
@@ -71,27 +68,3 @@ def objective(problem: LayerProblem, tensor: QuantizedTensor | jax.Array) -> jax
 def relative_error(problem: LayerProblem, tensor: QuantizedTensor | jax.Array) -> jax.Array:
     """Returns tr((V - W) H (V - W)^T) / tr(W H W^T), float32 scalar, with the undamped H."""
     return objective(problem, tensor) / row_objective(problem.weight, problem.hessian).sum()
-
-
-@jax.jit
-@jax.default_matmul_precision("highest")
-def retarget(weight: jax.Array, hessian: jax.Array, cross: jax.Array) -> jax.Array:
-    """Returns the weight that, on the inputs x that a layer will get, best gives what `weight` gives on the inputs y.
-
-    It is the minimiser of E|W y - V x|^2 + ridge |W - V|^2, W + W (E[y x^T] - H) (H + ridge I)^-1, with a ridge of 1 %
-    of mean(diag H): inputs that hardly vary would otherwise be used to fit noise. With H = E[x x^T], quantizing it
-    under H minimises the error of the layer's outputs, but for a constant.
-
-    Args:
-      weight: float32 [out, in], W.
-      hessian: float32 [in, in], E[x x^T].
-      cross: float32 [in, in], E[y x^T].
-
-    Returns:
-      float32 [out, in].
-
-    Reference: Li et al., GPTAQ, https://arxiv.org/abs/2504.02692. Differs from it: the target moves before any method
-    sees it, instead of inside GPTQ's sweep, so every method profits; and it is damped.
-    """
-    factor = jax.scipy.linalg.cho_factor(damped(hessian, _RIDGE))
-    return weight + jax.scipy.linalg.cho_solve(factor, (weight @ (cross - hessian)).T).T

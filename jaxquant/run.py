@@ -14,7 +14,7 @@ from jaxquant.data import TokenSet
 from jaxquant.finetune import FinetuneConfig
 from jaxquant.methods import Config
 from jaxquant.models.load import LoadedModel
-from jaxquant.pipeline import BlockResult, Targets, quantize_blocks
+from jaxquant.pipeline import BlockResult, quantize_blocks
 
 
 def quantize_to_directory(
@@ -25,7 +25,7 @@ def quantize_to_directory(
     *,
     seed: int = 0,
     batch_size: int = 8,
-    targets: Targets = "prefix",
+    guided: bool = False,
     finetune: FinetuneConfig | None = None,
 ) -> Iterator[BlockResult]:
     """Quantizes a model into `out`, taking up what an interrupted run left there.
@@ -40,7 +40,7 @@ def quantize_to_directory(
       out: the run's directory.
       seed: of the methods' keys.
       batch_size: sequences per forward pass.
-      targets: see `quantize_blocks`.
+      guided: weigh tokens by their importance for the predictions, see `sensitivity.token_importance`.
       finetune: settings of block fine-tuning, or None.
 
     Yields:
@@ -50,7 +50,7 @@ def quantize_to_directory(
       ValueError: `out` holds another run or other files; see also `quantize_blocks`.
     """
     prints = checkpoint.fingerprint(
-        loaded.params, data.provenance, plan, seed=seed, batch_size=batch_size, targets=targets, finetune=finetune
+        loaded.params, data.provenance, plan, seed=seed, batch_size=batch_size, guided=guided, finetune=finetune
     )
     checkpoint.open_run(out, prints)
     if export.is_packed(out):
@@ -61,16 +61,20 @@ def quantize_to_directory(
         for index in range(store.finished()):
             results.append(store.load(index))
             yield results[-1]
+        importance, key = None, jax.random.key(seed)
+        if guided and len(results) < len(loaded.params["blocks"]):
+            options = {"key": key, "batch_size": batch_size}
+            importance = sensitivity.token_importance(loaded.model, loaded.params, data.tokens, **options)
         blocks = [r.block for r in results] + loaded.params["blocks"][len(results) :]
         for result in quantize_blocks(
             loaded.model,
             {**loaded.params, "blocks": blocks},
             data.tokens,
             plan,
-            key=jax.random.key(seed),
+            key=key,
             batch_size=batch_size,
             start=len(results),
-            targets=targets,
+            importance=importance,
             finetune=finetune,
             dense_blocks=loaded.params["blocks"],
         ):

@@ -11,60 +11,53 @@ from jaxquant.models.base import Model
 from jaxquant.problem import LayerProblem, revive
 
 
-def init(columns: int) -> jax.Array:
-    """Returns the empty sum of x x^T, float32 [in, in]."""
-    return jnp.zeros((columns, columns), jnp.float32)
+def init(columns: int, count: int = 1) -> jax.Array:
+    """Returns `count` empty sums of x x^T, float32 [count, in, in]."""
+    return jnp.zeros((count, columns, columns), jnp.float32)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 @jax.default_matmul_precision("highest")
-def update(gram: jax.Array, x: jax.Array) -> jax.Array:
-    """Adds x^T x over all tokens of `x` [..., in] to `gram` [in, in], in float32 at highest precision."""
+def update(grams: jax.Array, x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """Adds sum_t w_t x_t x_t^T to each sum, in float32 at highest precision.
+
+    Args:
+      grams: float32 [count, in, in].
+      x: [..., in].
+      weights: float32 [count, ...] for each sum and token of `x`, or None for ones.
+    """
     x = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-    return gram + x.T @ x
+    if weights is None:
+        return grams + (x.T @ x)[None]
+    return grams + jnp.stack([(x * w[:, None]).T @ x for w in weights.reshape(len(grams), -1)])
 
 
-@functools.partial(jax.jit, static_argnames=("model", "kind", "group"), donate_argnames="gram")
+@functools.partial(jax.jit, static_argnames=("model", "kind", "group"), donate_argnames="grams")
 def capture_update(
-    model: Model, block: Any, hidden: jax.Array, gram: jax.Array, *, kind: str, group: tuple[str, ...]
+    model: Model,
+    block: Any,
+    hidden: jax.Array,
+    grams: jax.Array,
+    weights: jax.Array | None = None,
+    *,
+    kind: str,
+    group: tuple[str, ...],
 ) -> jax.Array:
-    """Adds the inputs of one group of linears on a batch to `gram`; only what they depend on is computed.
+    """Adds the inputs of one group of linears on a batch to `grams`; only what they depend on is computed.
 
     Args:
       model: the model (static).
       block: parameters of one transformer block.
       hidden: [batch, time, d], inputs of the block.
-      gram: float32 [in, in]; its buffer is reused.
+      grams: float32 [count, in, in]; their buffer is reused.
+      weights: float32 [count, batch, time], or None; see `update`.
       kind: the block's kind (static).
       group: the linears, one of `model.groups` (static).
 
     Returns:
-      float32 [in, in].
+      float32 [count, in, in].
     """
-    return update(gram, model.capture(block, hidden, kind, group))
-
-
-@functools.partial(jax.jit, static_argnames=("model", "kind", "group"), donate_argnames=("gram", "cross"))
-@jax.default_matmul_precision("highest")
-def cross_update(
-    model: Model,
-    block: Any,
-    hidden: jax.Array,
-    dense_block: Any,
-    dense_hidden: jax.Array,
-    gram: jax.Array,
-    cross: jax.Array,
-    *,
-    kind: str,
-    group: tuple[str, ...],
-) -> tuple[jax.Array, jax.Array]:
-    """Adds x x^T to `gram` and y x^T to `cross`, [in, in], over all tokens: y are the inputs x in the dense model.
-
-    Other arguments are those of `capture_update`; `dense_hidden` are the inputs of `dense_block`.
-    """
-    x, y = model.capture(block, hidden, kind, group), model.capture(dense_block, dense_hidden, kind, group)
-    x, y = (z.astype(jnp.float32).reshape(-1, z.shape[-1]) for z in (x, y))
-    return gram + x.T @ x, cross + y.T @ x
+    return update(grams, model.capture(block, hidden, kind, group), weights)
 
 
 @functools.partial(jax.jit, static_argnames="damp")

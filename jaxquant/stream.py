@@ -31,11 +31,10 @@ def walk(
     model: Model,
     params: Any,
     tokens: np.ndarray,
-    change: Callable[[int, Any, list[jax.Array], list[jax.Array] | None], tuple[Any, Any]],
+    change: Callable[[int, Any, list[jax.Array]], tuple[Any, Any]],
     *,
     batch_size: int,
     start: int = 0,
-    clean: bool = False,
     finetune: FinetuneConfig | None = None,
     dense_blocks: Sequence[Any] | None = None,
 ) -> Iterator[Walked]:
@@ -45,11 +44,9 @@ def walk(
       model: pure functions of the network.
       params: its parameters; `params["blocks"][:start]` are changed already.
       tokens: integers [windows, length].
-      change: (index, block, inputs in batches [windows, time, d], inputs in the dense model or None) -> (changed block,
-        note).
+      change: (index, block, inputs in batches [windows, time, d]) -> (changed block, note).
       batch_size: windows per forward pass.
       start: first block to change.
-      clean: `change` wants the inputs in the dense model.
       finetune: fine-tune every changed block, or None.
       dense_blocks: the blocks of the dense model; by default those of `params`, which then must not be changed ones.
 
@@ -60,22 +57,22 @@ def walk(
       ValueError: the dense model's outputs are wanted from a later start, and its blocks are not given.
     """
     to_model = finetune is not None and finetune.targets == "model"
-    if (clean or to_model) and start and dense_blocks is None:
+    if to_model and start and dense_blocks is None:
         raise ValueError(f'dense_blocks: expected the dense blocks for targets "model" from block {start}, got None')
     ends = {name: value for name, value in params.items() if name != "blocks"}
     tokens = np.asarray(tokens, np.int32)
     originals = params["blocks"] if dense_blocks is None else dense_blocks
     hidden = [run_embed(model, ends, tokens[i : i + batch_size]) for i in range(0, len(tokens), batch_size)]
-    model_hidden = [h.copy() for h in hidden] if clean or to_model else None
+    model_hidden = [h.copy() for h in hidden] if to_model else None
     for index, block in enumerate(params["blocks"]):
         kind, note, tuning = model.config.layer_kinds[index], None, None
         run = functools.partial(outputs, model, originals[index], kind=kind)
         if index >= start:
-            block, note = change(index, block, hidden, model_hidden if clean else None)
+            block, note = change(index, block, hidden)
         if model_hidden is not None:
             model_hidden = [run(h) for h in model_hidden]
         if index >= start and finetune:
-            targets = model_hidden if to_model and model_hidden is not None else [run(h) for h in hidden]
+            targets = [run(h) for h in hidden] if model_hidden is None else model_hidden
             block, tuning = finetune_block(model, block, hidden, targets, finetune, kind=kind)
         # Dense weights: forward passes are compiled once, however many formats the layers have.
         passes = dense_tree(block, hidden[0].dtype)

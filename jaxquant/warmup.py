@@ -45,6 +45,8 @@ def compile_ahead(
     batch_shape: tuple[int, int],
     key: jax.Array,
     start: int = 0,
+    *,
+    weighted: bool = False,
 ) -> None:
     """Compiles every program that quantizing the blocks from `start` on will call, several at a time.
 
@@ -55,6 +57,7 @@ def compile_ahead(
       batch_shape: (sequences, tokens) of a forward pass.
       key: of the run.
       start: first block to quantize.
+      weighted: second moments have weights.
     """
     block, kind = params["blocks"][start], model.config.layer_kinds[start]
     dtype = params["embed"]["weight"].dtype
@@ -62,8 +65,12 @@ def compile_ahead(
     calls: list[Callable[[], Any]] = [lambda: run_block(model, block, hidden(), kind=kind)]
     for group in model.groups:
         columns = trees.get(block, group[0])["weight"].shape[1]
+        count = len(group) if weighted else 1
+        weights = jnp.ones((count, *batch_shape), jnp.float32) if weighted else None
         calls.append(
-            lambda c=columns, g=group: stats.capture_update(model, block, hidden(), stats.init(c), kind=kind, group=g)
+            lambda c=columns, n=count, w=weights, g=group: stats.capture_update(
+                model, block, hidden(), stats.init(c, n), w, kind=kind, group=g
+            )
         )
 
     for shape, config in dict.fromkeys(

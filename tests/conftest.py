@@ -7,6 +7,7 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")  # GPUs and TPUs would round float32 operands
 
 # A first example may compile for seconds; no test is about time.
 hypothesis.settings.register_profile("untimed", deadline=None)

@@ -148,33 +148,38 @@ def test_24_resuming_changes_nothing(loaded, finished):
     assert run(loaded, params={**loaded.params, "blocks": [r.block for r in results]}, start=2) == []
 
 
-def test_layers_that_aim_at_the_dense_model_make_up_for_earlier_errors(loaded):
-    """Rounding alone, coarse in the first layers: the last block's outputs come nearer to the dense model's."""
-    rules = [Rule("blocks/0/attn/[qkv]", RTNConfig(2, search="minmax")), Rule(".*", RTNConfig(8, search="minmax"))]
+def test_each_layer_has_the_weights_of_its_tokens(loaded, monkeypatch):
+    """Hessians are sum w x x^T / sum w; weights of ones change nothing."""
+    hessians = {}
+
+    def record(path, weight, hessian, *_, **__):
+        hessians[path] = np.asarray(hessian)
+        return weight, None
+
+    monkeypatch.setattr(pipeline, "quantize_layer", record)
+    monkeypatch.setattr(pipeline, "compile_ahead", lambda *_, **__: None)
+    rng, names = np.random.default_rng(0), [name for group in loaded.model.groups for name in group]
+    importance = [{n: rng.exponential(size=TOKENS.shape).astype(np.float32) for n in names} for _ in range(2)]
+    run(loaded, importance=importance)
     hidden = jax.jit(loaded.model.embed)(loaded.params, jnp.asarray(TOKENS))
-
-    def outputs(blocks):
-        x = hidden
-        for block in blocks:
-            x = jax.jit(loaded.model.block, static_argnums=2)(block, x, "full")
-        return np.asarray(x)
-
-    wanted = outputs(loaded.params["blocks"])
-    errors = {}
-    for targets in ("prefix", "model"):
-        results = run(loaded, rules, targets=targets)
-        errors[targets] = np.sum((outputs([r.block for r in results]) - wanted) ** 2)
-    assert errors["model"] < 0.7 * errors["prefix"]
-    half = {**loaded.params, "blocks": [results[0].block, loaded.params["blocks"][1]]}
-    with pytest.raises(ValueError, match="dense_blocks"):
-        run(loaded, rules, params=half, start=1, targets="model")
-    resumed = run(loaded, rules, params=half, start=1, targets="model", dense_blocks=loaded.params["blocks"])
-    assert_same_bits(resumed[0].block, results[1].block)
+    block = loaded.params["blocks"][0]
+    x = np.asarray(jax.jit(loaded.model.capture, static_argnums=(2, 3))(block, hidden, "full", loaded.model.groups[0]))
+    x = x.reshape(-1, x.shape[-1]).astype(np.float64)
+    for name in "qkv":
+        w = importance[0][f"attn/{name}"].reshape(-1, 1)
+        assert_hessian(hessians[f"blocks/0/attn/{name}"], (w * x).T @ x / w.sum())
+    plain = dict(hessians)
+    run(loaded)
+    assert np.abs(plain["blocks/0/attn/q"] - hessians["blocks/0/attn/q"]).max() > 0
+    weighted = dict(hessians)
+    run(loaded, importance=[dict.fromkeys(names, np.ones(TOKENS.shape, np.float32)) for _ in range(2)])
+    for path, hessian in weighted.items():
+        assert_hessian(hessians[path], hessian)
 
 
 def test_24_a_plan_of_nothing_changes_nothing(loaded, monkeypatch):
     monkeypatch.setattr(stats, "capture_update", None)  # nor does it gather statistics
-    monkeypatch.setattr(pipeline, "compile_ahead", lambda *_: None)
+    monkeypatch.setattr(pipeline, "compile_ahead", lambda *_, **__: None)
     results = run(loaded, [Rule(".*", None)])
     for result, block in zip(results, loaded.params["blocks"], strict=True):
         assert_same_bits(result.block, block)
@@ -191,7 +196,7 @@ def test_layers_left_dense_pass_hidden_states_on(loaded, monkeypatch):
         return weight, None
 
     monkeypatch.setattr(pipeline, "quantize_layer", record)
-    monkeypatch.setattr(pipeline, "compile_ahead", lambda *_: None)
+    monkeypatch.setattr(pipeline, "compile_ahead", lambda *_, **__: None)
     run(loaded, [Rule("blocks/1/attn/[qkv]", RTNConfig(3, group_size=16)), Rule(".*", None)])
     model, (first, second) = loaded.model, loaded.params["blocks"]
     hidden = jax.jit(model.embed)(loaded.params, jnp.asarray(TOKENS))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxquant import LayerProblem, RTNConfig, objective, relative_error, rtn
-from jaxquant.problem import check, dead_columns, retarget, revive, row_objective
+from jaxquant.problem import check, dead_columns, revive, row_objective
 from tests.conftest import make_problem
 
 WEIGHT, HESSIAN = make_problem(out=6, columns=12)
@@ -24,24 +24,6 @@ def test_errors_are_those_of_the_outputs():
     assert float(relative_error(problem, tested)) == pytest.approx(error / energy, rel=1e-5)
     rows = np.sum(((value - WEIGHT) @ x) ** 2, axis=1) / 50
     np.testing.assert_allclose(row_objective(tested - problem.weight, hessian), rows, rtol=1e-4)
-
-
-def test_retargeted_weights_make_up_for_wrong_inputs():
-    """Ridge regression of the wanted outputs on the given inputs, solved from the tokens themselves."""
-    rng = np.random.default_rng(0)
-    y = rng.standard_normal((12, 200))
-    x = y + 0.3 * rng.standard_normal(y.shape)
-    hessian, cross = x @ x.T / 200, y @ x.T / 200
-    found = np.asarray(retarget(PROBLEM.weight, *(jnp.asarray(m, jnp.float32) for m in (hessian, cross))))
-    ridge = 0.01 * np.trace(hessian) / 12 * np.eye(12)
-    expected = np.linalg.lstsq(
-        np.vstack([x.T / np.sqrt(200), np.linalg.cholesky(ridge)]),
-        np.vstack([(WEIGHT @ y).T / np.sqrt(200), np.linalg.cholesky(ridge) @ WEIGHT.T]),
-        rcond=None,
-    )[0].T
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    same = retarget(PROBLEM.weight, PROBLEM.hessian, PROBLEM.hessian)
-    np.testing.assert_allclose(same, PROBLEM.weight, atol=1e-6)
 
 
 def test_tensors_and_arrays_measure_alike(key):

@@ -51,6 +51,28 @@ def test_costs_fall_with_bits_and_come_in_the_order_of_layers(loaded, costs):
         assert options[0] > options[1] > options[2] > 0
 
 
+def test_importance_is_the_norm_of_gradients_in_outputs(loaded, monkeypatch):
+    """Against one derivative through the whole model, for a loss whose gradient in the last hidden states is given."""
+    tokens, path = TOKENS[:4, :8], "blocks/0/mlp/up"
+    model, params = loaded.model, loaded.params
+    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((4, 8, model.config.hidden_size)), jnp.float32)
+    monkeypatch.setattr(sensitivity, "_head_gradient", lambda *_: cotangent.copy())
+    found = sensitivity.token_importance(model, params, tokens, key=KEY)[0]["mlp/up"]
+
+    def hidden(tap):
+        x, tapped = model.embed(params, tokens), trees.replace(params, f"{path}/bias", tap)
+        for block in tapped["blocks"]:
+            x = model.block(block, x, "full")
+        return x
+
+    layer = {**trees.get(params, path), "bias": jnp.zeros(())}
+    params = trees.replace(params, path, layer)
+    tap = jnp.zeros((4, 8, layer["weight"].shape[0]))
+    norms = np.linalg.norm(jax.jit(lambda tap: jax.vjp(hidden, tap)[1](cotangent)[0])(tap), axis=-1)
+    assert found.shape == tokens.shape
+    np.testing.assert_allclose(found, norms / norms.mean(), rtol=1e-3)
+
+
 def test_allocation_keeps_the_budget_and_beats_equal_bits(loaded, costs):
     def total(plan):
         return sum(costs[path][CONFIGS.index(config)] for path, config in plan.items())

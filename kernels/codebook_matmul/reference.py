@@ -32,9 +32,13 @@ def decode(
     size = codebooks.shape[-1] // (vector[0] * vector[1])
     block = (np.arange(rows) * blocks[0] // rows)[:, None] * blocks[1]
     block = block + (np.arange(columns) * blocks[1] // columns)[None, :]
-    first = (block[None] * count + np.arange(count)[:, None, None]) * size
+    # Added in two steps, lest a constant as large as the codes becomes part of the program.
+    books = jnp.asarray(np.arange(count, dtype=np.int32)[:, None, None] * np.int32(size))
+    place = codes.astype(jnp.int32) + books
+    if blocks != (1, 1):
+        place = place + jnp.asarray((block * count * size).astype(np.int32))[None]
     entries = codebooks.astype(jnp.float32).reshape(-1, vector[0] * vector[1])
-    vectors = jnp.take(entries, codes.astype(jnp.int32) + first.astype(np.int32), axis=0).sum(0)
+    vectors = jnp.take(entries, place, axis=0).sum(0)
     if scale is not None:
         vectors = vectors * scale.astype(jnp.float32)[..., None]
     return vectors.reshape(rows, columns, *vector).swapaxes(1, 2).reshape(rows * vector[0], columns * vector[1])
