@@ -73,7 +73,7 @@ class DistillLoss:
 
 
 class Distillation(NamedTuple):
-    """A prepared run: the step, its data and constants, how windows are split, and parameters: trained ones and the rest."""
+    """A prepared run: the step, its data and constants, how windows are split, and the parameters: what is trained, and the rest."""
 
     step: Step
     data: Any
@@ -81,6 +81,7 @@ class Distillation(NamedTuple):
     config: TrainConfig
     plan: Any
     params: Any
+    kept: Any
 
     def begin(self) -> State:
         """Returns the state before the first step."""
@@ -94,7 +95,7 @@ class Distillation(NamedTuple):
     def result(self, state: State) -> Any:
         """Returns the model's parameters with the best iterate, stored in the formats of the given ones."""
         best = result(state)
-        return {**self.params["kept"], **best["ends"], "blocks": stacked.unstack(best["blocks"])}
+        return {**self.kept, **best["ends"], "blocks": stacked.unstack(best["blocks"])}
 
 
 def prepare(
@@ -151,4 +152,4 @@ def prepare(
     loss = DistillLoss(model, runs, teacher_runs, dtype)
     step = Step(loss, optimizer or default_optimizer(config, plan.chunks * plan.steps), codes)
     data = jnp.asarray(tokens, jnp.int32)
-    return Distillation(step, data, constants, config, plan, {"blocks": blocks, "ends": trained, "kept": kept})
+    return Distillation(step, data, constants, config, plan, {"blocks": blocks, "ends": trained}, kept)

@@ -103,7 +103,7 @@ def test_every_stage_of_tuning_is_measured(main, tmp_path, monkeypatch, capsys):
     assert kl[2] < kl[0]
     assert {r["bits_per_weight"] for r in found.values()} == {found["none"]["bits_per_weight"]}
     assert all({"model", "perplexity", "perplexity_built_in", "seed", "seconds"} <= set(r) for r in found.values())
-    assert list(found["pv"]["tuning"]) == ["block", "distill", "pv"]
+    assert list(found["pv"]["tuning"]) == ["guided", "block", "distill", "pv"]
     capsys.readouterr()
     assert main("tiny", *options) == 0  # nothing is computed twice
     assert capsys.readouterr().out == ""

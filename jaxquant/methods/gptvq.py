@@ -69,7 +69,7 @@ class GPTVQConfig:
     sweeps: int = 1
     steps: int = 5
     window: int = 8
-    beam_size: int = 8
+    beam_size: int = 4
     damp: float = 0.01
 
     def __post_init__(self) -> None:
