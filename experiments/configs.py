@@ -174,12 +174,14 @@ EXPERIMENTS: dict[str, Layers | WholeModel | Speed | Tuning] = {
     ),
     "tuning": Tuning(
         {f"trellis {b} bits": TrellisConfig(b) for b in (2.15, 2.5, 3.04, 4.02)},
-        block=FinetuneConfig(TrainConfig(4e-3, epochs=4, batch_size=8, micro_batch=4)),
+        block=FinetuneConfig(TrainConfig(4e-3, epochs=2, batch_size=8, micro_batch=4)),
         distill=TrainConfig(1e-3, epochs=1, batch_size=8, micro_batch=4, held_out=0.025, chunks=4),
         pv=TrainConfig(1e-3, epochs=2, batch_size=8, micro_batch=4, held_out=0.025, chunks=4),
     ),
     "speed": Speed({**_SPEED, "aqlm 1x16 g8": AQLMConfig(1, 16, beam_size=1)}),
     "scaling": Speed(
-        {**_SPEED, **{f"aqlm 1x{b} g8": AQLMConfig(1, b, beam_size=1) for b in (8, 10, 12)}}, (1024, 2048, 4096, 8192)
+        {name: config for name, config in _SPEED.items() if name.startswith(("gptvq", "aqlm"))},
+        (1024, 2048, 4096, 8192),
     ),
+    "codebooks": Speed({f"aqlm 1x{b} g8": AQLMConfig(1, b, beam_size=1) for b in (8, 10, 12)}, (2048,)),
 }

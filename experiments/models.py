@@ -27,7 +27,7 @@ from jaxquant.tokenizer import Tokenizer, load_tokenizer
 class Task(NamedTuple):
     """A dense model, calibration windows int32 [n, length], evaluation windows, and what goes into every result.
 
-    `costs` keeps what allocations measured: averages of the same settings share it.
+    `measured` keeps what several methods share: costs for allocations, by settings, and the importance of tokens.
     """
 
     model: Model
@@ -36,7 +36,7 @@ class Task(NamedTuple):
     tokens: np.ndarray
     text: np.ndarray
     about: dict[str, Any]
-    costs: dict[Any, dict[str, list[float]]]
+    measured: dict[Any, Any]
 
 
 def open_task(
@@ -73,12 +73,12 @@ def describe(config: Config | Allocated | None) -> dict[str, Any] | None:
 def _allocate(task: Task, chosen: Allocated, name: str, batch_size: int, key: jax.Array) -> dict[str, Config]:
     """The settings of every layer."""
     configs, tokens = variants(chosen.config), task.tokens[: chosen.sequences]
-    if (configs, chosen.sequences) not in task.costs:
+    if (configs, chosen.sequences) not in task.measured:
         results = layer_costs(task.model, task.params, tokens, configs, key=key, batch_size=batch_size)
         blocks = {r.index: r.costs for r in track(results, f"costs {name}", total=len(task.params["blocks"]))}
         in_order = {path: options for index in sorted(blocks) for path, options in blocks[index].items()}
-        task.costs[configs, chosen.sequences] = in_order
-    return allocate_layers(task.costs[configs, chosen.sequences], task.params, configs, chosen.average_bits)
+        task.measured[configs, chosen.sequences] = in_order
+    return allocate_layers(task.measured[configs, chosen.sequences], task.params, configs, chosen.average_bits)
 
 
 def quantize(
@@ -98,7 +98,9 @@ def quantize(
         plan = resolve([Rule(".*", config)], linear_paths(task.model, task.params))
     options: dict[str, Any] = {"key": key, "batch_size": batch_size}
     if guided:
-        options["importance"] = token_importance(task.model, task.params, task.tokens, **options)
+        if "importance" not in task.measured:
+            task.measured["importance"] = token_importance(task.model, task.params, task.tokens, **options)
+        options["importance"] = task.measured["importance"]
     blocks, reports = list(task.params["blocks"]), []
     results = quantize_blocks(task.model, task.params, task.tokens, plan, **options)
     for result in track(results, name, total=len(blocks)):

@@ -76,6 +76,7 @@ PLOTS: dict[str, Callable[[list[Result]], Any]] = {
     "guided": whole_model,
     "smollm2": whole_model,
     "scaling": speed,
+    "codebooks": speed,
 }
 
 

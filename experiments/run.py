@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,14 +68,19 @@ def wanted(only: str, methods: dict[str, Any]) -> dict[str, Any]:
     return {name: config for name, config in methods.items() if re.search(only, name)}
 
 
-def stored(args: Arguments, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
-    """Writes `settings` with what `measure` returns, unless a result of the same settings is there."""
+def result_file(args: Arguments, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Where a result of these settings is or will be, and the settings with the experiment's name."""
     settings = {"experiment": args.name, **settings}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    file = args.results / args.name / f"{digest}.json"
+    return args.results / args.name / f"{digest}.json", settings
+
+
+def stored(args: Arguments, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
+    """Writes `settings` with what `measure` returns, unless a result of the same settings is there."""
+    file, settings = result_file(args, settings)
     if file.exists():
         return
-    result = settings | measure() | {"environment": environment(), "commit": commit(), "hash": digest}
+    result = settings | measure() | {"environment": environment(), "commit": commit(), "hash": file.stem}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, result)
     shown = {k: v for k, v in result.items() if isinstance(v, (int, float, str)) and k not in ("hash", "commit")}
@@ -158,32 +164,36 @@ def square_problem(n: int, tokens: int) -> LayerProblem:
 def run_speed(args: Arguments, experiment: Speed) -> None:
     """Times methods on layers: the median of up to three runs after one that warms up, and the memory they need."""
     for n in experiment.sizes:
-        problem = square_problem(n, experiment.tokens)
-        for name, config in experiment.methods.items():
+        problem, key = square_problem(n, experiment.tokens), jax.random.key(0)
+        shape = {"out": n, "columns": n, "tokens": experiment.tokens, "device": environment()["device"]}
+        settings = {
+            name: {**shape, "method": name, "config": describe_config(config)}
+            for name, config in experiment.methods.items()
+        }
+        missing = [name for name in settings if not result_file(args, settings[name])[0].exists()]
 
-            def measure(problem=problem, config=config):
-                key, times = jax.random.key(0), []
-                began = time.perf_counter()
-                solve = METHODS[type(config)].lower(problem, config, key=key).compile()
-                compiling = time.perf_counter() - began
-                memory = solve.memory_analysis()
-                for _ in range(4):
-                    if len(times) > 1 and times[-1] > 5:
-                        break  # slow enough for one run to tell
+        def compiled(name: str, problem=problem, key=key) -> Any:
+            config = experiment.methods[name]
+            return METHODS[type(config)].lower(problem, config, key=key).compile()
+
+        with ThreadPoolExecutor() as pool:  # each takes one core for ten seconds or more
+            programs = dict(zip(missing, pool.map(compiled, missing), strict=True))
+        for name in missing:
+
+            def measure(solve=programs[name], problem=problem, key=key):
+                memory, times = solve.memory_analysis(), []
+                while len(times) < 4 and (not times or times[-1] < 5):  # if slow, one run tells enough
                     began = time.perf_counter()
                     tensor = jax.block_until_ready(solve(problem, key=key))
                     times.append(time.perf_counter() - began)
                 return {
-                    "seconds": float(np.median(times[1:])),
-                    "compile_seconds": compiling,
+                    "seconds": float(np.median(times[1:] or times)),
                     "peak_bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes,
                     "bits_per_weight": bits_per_weight(tensor),
                     "relative_error": float(relative_error(problem, tensor)),
                 }
 
-            shape = {"out": n, "columns": n, "tokens": experiment.tokens}
-            settings = {**shape, "method": name, "config": describe_config(config), "device": environment()["device"]}
-            stored(args, settings, measure)
+            stored(args, settings[name], measure)
 
 
 def main() -> int:

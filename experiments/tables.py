@@ -130,6 +130,7 @@ TABLES: dict[str, Callable[[list[Result]], str]] = {
     "guided": whole_model,
     "speed": speed,
     "scaling": speed,
+    "codebooks": speed,
     "generation": generation,
     "tuning": tuning,
 }

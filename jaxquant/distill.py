@@ -73,7 +73,7 @@ class DistillLoss:
 
 
 class Distillation(NamedTuple):
-    """A prepared run: the step, its data and constants, how windows are split, and the parameters: what is trained, and the rest."""
+    """A prepared run: the step, its data and constants, how windows are split, and the parameters, trained and kept."""
 
     step: Step
     data: Any
@@ -85,8 +85,7 @@ class Distillation(NamedTuple):
 
     def begin(self) -> State:
         """Returns the state before the first step."""
-        start = {"blocks": self.params["blocks"], "ends": self.params["ends"]}
-        return begin(self.step, start, self.data, self.constants, self.plan.held)
+        return begin(self.step, self.params, self.data, self.constants, self.plan.held)
 
     def run(self, state: State) -> Iterator[Progress]:
         """Runs from a state on, see `training.train`."""

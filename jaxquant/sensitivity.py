@@ -26,6 +26,7 @@ from jaxquant.problem import LayerProblem, row_objective
 from jaxquant.tensors import QuantizedTensor
 
 _CHUNK = 256  # tokens whose logits exist at once
+_BATCHES = 4  # that one backward pass of `token_importance` goes through
 
 
 class BlockCosts(NamedTuple):
@@ -114,7 +115,7 @@ def token_importance(
 
     The weight of a token is the root mean square of the loss's gradient in the layer's outputs there, relative to the
     mean over tokens; labels are drawn from the model. With it, a layer's objective no longer counts errors on tokens that
-    nothing downstream looks at. The inputs of all blocks are held at once: blocks * tokens * hidden_size numbers.
+    nothing downstream looks at. For a few batches at a time, the inputs of all blocks are held.
 
     Args:
       model: pure functions of the network; a layer must accept a bias of shape [batch, time, out].
@@ -130,12 +131,17 @@ def token_importance(
     root of their weight. The squares have heavy tails (in some layers 1 % of the tokens hold 97 % of them), so few tokens
     would decide.
     """
-    found: list[dict[str, np.ndarray]] = [{} for _ in params["blocks"]]
-    for index, _, squares in _backward(model, params, np.asarray(tokens, np.int32), key, batch_size, axes=(2,)):
-        for name in squares[0]:
-            norm = np.sqrt(np.concatenate([np.asarray(s[name]) for s in squares]))
-            found[index][name] = norm / max(norm.mean(), np.finfo(np.float32).tiny)
-    return found
+    tokens, at_once = np.asarray(tokens, np.int32), _BATCHES * batch_size
+    names = [name for group in model.groups for name in group]
+    found = [{name: np.zeros(tokens.shape, np.float32) for name in names} for _ in params["blocks"]]
+    for start in range(0, len(tokens), at_once):
+        some, own = tokens[start : start + at_once], jax.random.fold_in(key, start)
+        for index, _, squares in _backward(model, params, some, own, batch_size, axes=(2,)):
+            for name in names:
+                norm = np.sqrt(np.concatenate([np.asarray(s[name]) for s in squares]))
+                found[index][name][start : start + at_once] = norm
+    tiny = np.finfo(np.float32).tiny
+    return [{name: norm / max(norm.mean(), tiny) for name, norm in layers.items()} for layers in found]
 
 
 def layer_costs(
