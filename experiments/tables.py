@@ -118,6 +118,26 @@ def generation(results: list[Result]) -> str:
     return markdown(header, lines)
 
 
+def kernels(results: list[Result]) -> str:
+    """A line per format, shape and batch: our kernel, the dense product, and the time of reading the weight."""
+    lines = []
+    for rows in (result["rows"] for result in results):
+        dense = {(r["k"], r["n"], r["batch"]): r["microseconds"] for r in rows if r["implementation"] == "dense"}
+        for r in rows:
+            if r["implementation"] in ("dense", "reference"):
+                continue
+            base, floor = dense.get((r["k"], r["n"], r["batch"])), r["floor_microseconds"]
+            times = [
+                f"{r['microseconds']:.1f}",
+                *(("", "") if base is None else (f"{base:.1f}", f"{r['microseconds'] / base:.2f}")),
+            ]
+            share = "" if floor is None else f"{floor / r['microseconds']:.0%}"
+            shape = f"{r['k']} x {r['n']}"
+            lines.append([r["format"], shape, str(r["batch"]), *times, share, r["environment"]["device"]])
+    header = ["format", "K x N", "batch", "us", "dense us", "of dense", "of the bandwidth", "device"]
+    return markdown(header, lines)
+
+
 def _by_bits(result: Result) -> tuple[Any, ...]:
     return (round(result["bits_per_weight"]), result["method"])
 
@@ -132,6 +152,7 @@ TABLES: dict[str, Callable[[list[Result]], str]] = {
     "scaling": speed,
     "codebooks": speed,
     "generation": generation,
+    "kernels": kernels,
     "tuning": tuning,
 }
 

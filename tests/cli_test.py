@@ -16,6 +16,7 @@ from jaxquant.export import MODEL_FILE, load_packed
 from jaxquant.models.load import load_model
 from jaxquant.tokenizer import load_tokenizer
 from tests import tiny
+from tests.checkpoint_test import tensor_bytes
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--sequences", "2", "--length", "32"]
@@ -98,6 +99,18 @@ def test_24_accounted_bytes_are_on_disk(out, capsys):
     assert on_disk == pytest.approx(file.stat().st_size / 1e6, abs=5e-4)
     # The header names every tensor; beside a model of 80 kB it counts, so it is left out here.
     assert accounted == pytest.approx((file.stat().st_size - 8 - header) / 1e6, rel=0.01)
+
+
+def test_guided_quantization(files, tmp_path, capsys):
+    """Weights of the tokens change the result, and are the same in every run."""
+    common = ["quantize", str(files / "model"), "--calibration", str(files / "text.txt"), *SHORT]
+    common += ["--skip", ".*/(attn/.|mlp/gate|mlp/down)"]
+    for name, more in (("plain", []), ("guided", ["--guided"]), ("again", ["--guided"])):
+        assert cli.main([*common, "--out", str(tmp_path / name), *more, "gptq", "--bits", "3"]) == 0
+    capsys.readouterr()
+    guided, again, plain = (tensor_bytes(tmp_path / name) for name in ("guided", "again", "plain"))
+    assert guided == again != plain
+    assert load_packed(tmp_path / "guided").record["run"]["guided"]
 
 
 def test_inspect_a_dense_model(files, capsys):

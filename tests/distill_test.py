@@ -154,6 +154,17 @@ def test_pv_tuning_changes_few_codes_and_goes_further(loaded, params, finished):
     assert np.any(np.asarray(after["embed"]["weight"]) != np.asarray(params["embed"]["weight"]))
 
 
+def test_activations_in_another_dtype(loaded, params):
+    """The loss is that of float32 to the precision of bfloat16; what is not trained comes back as it was."""
+    run = prepare(loaded.model, params, loaded.params, TOKENS, CONFIG, dtype="bfloat16")
+    state = run.begin()
+    assert float(state.best_loss) == pytest.approx(divergence(loaded, params, TOKENS[-2:]), rel=0.05)
+    assert {str(x.dtype) for x in jax.tree.leaves(run.constants)} == {"bfloat16"}
+    result = run.result(state)
+    np.testing.assert_array_equal(result["embed"]["weight"], params["embed"]["weight"])
+    assert result["embed"]["weight"].dtype == jnp.float32
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_other_activation_dtypes_and_kinds_fit_together(dtype):
     """Shapes and dtypes of a whole step, for a model with sliding windows and a tied head; nothing is computed."""

@@ -1,5 +1,6 @@
 """Generated text: the same with a cache as without, packed as dense, and as transformers generates it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from jaxquant import cli, dense_tree, pack, trees
 from jaxquant.export import load_packed, save_packed
-from jaxquant.generation import empty_cache, for_generation, generate
+from jaxquant.generation import STEPS, empty_cache, for_generation, generate, next_token, next_tokens, sample
 from jaxquant.models import load_model, make_model
 from jaxquant.models.config import parse_config
 from jaxquant.serving import LookupTensor
@@ -60,6 +61,43 @@ def test_greedy_text_equals_transformers(name):
             torch.tensor([PROMPT]), max_new_tokens=COUNT, do_sample=False, pad_token_id=0, use_cache=True
         )
     assert list(generate(model, params, PROMPT, count=COUNT)) == ids[0, len(PROMPT) :].tolist()
+
+
+def test_several_tokens_at_once_are_those_of_single_steps():
+    model, params = build("llama")
+    start, cache = np.int32(len(PROMPT)), [empty_cache(model.config, 2, 20, jnp.float32) for _ in range(2)]
+    prompts = jnp.asarray([PROMPT, PROMPT[::-1]])
+    (first, one), (_, many) = (next_token(model, params, prompts, c, np.int32(0)) for c in cache)
+    at_once, many = next_tokens(model, params, first, many, start, count=5)
+    token, single = first, []
+    for place in range(5):
+        token, one = next_token(model, params, token[:, None], one, start + np.int32(place))
+        single.append(token)
+    np.testing.assert_array_equal(at_once, jnp.stack(single, axis=1))
+    for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, STEPS + 1, STEPS + 2])
+def test_any_number_of_tokens(count):
+    model, params = build("llama")
+    model = model._replace(config=dataclasses.replace(model.config, eos_ids=()))
+    longest = list(generate(model, params, PROMPT, count=STEPS + 2))
+    assert list(generate(model, params, PROMPT, count=count)) == longest[:count]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_sampled_text_is_drawn_from_the_model(name):
+    """Every token is the draw of its key from the logits of a forward pass over the finished windows."""
+    model, params = build(name)
+    prompts, key = jnp.asarray([PROMPT[:3], PROMPT[3:6]]), jax.random.key(7)
+    windows = sample(model, params, prompts, length=16, key=key)
+    np.testing.assert_array_equal(windows[:, :3], prompts)
+    logits = jax.jit(model.forward)(params, windows)
+    for place in range(3, 16):
+        drawn = jax.random.categorical(jax.random.fold_in(key, place), logits[:, place - 1])
+        np.testing.assert_array_equal(windows[:, place], drawn)
+    assert len(np.unique(windows)) > 8
 
 
 def quantized(params):

@@ -96,6 +96,28 @@ def test_an_interrupted_run_ends_with_the_same_bytes(finished, stage, tmp_path, 
     assert tensor_bytes(out) == tensor_bytes(finished / stage)
 
 
+def test_tuning_on_sampled_text(finished, tmp_path, capsys):
+    """Windows of the dense model's own text, beside those of the text; a file that is there is not written over."""
+    file = tmp_path / "sampled.npy"
+    draw = ["sample", str(finished / "model"), "--text", str(finished / "text.txt"), "--out", str(file)]
+    draw += ["--windows", "7", "--length", "16", "--prompt", "4", "--batch-size", "3"]
+    assert cli.main(draw) == 0
+    assert "7 x 16 tokens" in capsys.readouterr().out
+    windows = np.load(file)
+    assert (windows.shape, windows.dtype) == ((7, 16), np.uint16)
+    assert len(np.unique(windows, axis=0)) == 7
+    assert cli.main(draw) == 1
+    assert "expected the name of a new .npy file" in capsys.readouterr().err
+    tune = command(finished, tmp_path / "out", "distill", "--sampled", str(file), "--dtype", "float32", "--epochs", "1")
+    assert cli.main(tune) == 0
+    record = export.load_packed(tmp_path / "out").record["tuned"][0]
+    assert record["data"]["n"] == 17
+    assert record["tuning"]["dtype"] == "float32"
+    np.save(tmp_path / "short.npy", windows[:, :8])
+    assert cli.main(command(finished, tmp_path / "o", "distill", "--sampled", str(tmp_path / "short.npy"))) == 1
+    assert "short.npy: expected windows of 16 tokens, got 8" in capsys.readouterr().err
+
+
 def test_stages_follow_each_other(finished, tmp_path):
     arguments = command(finished, tmp_path / "two", "pv")
     arguments[1] = str(finished / "block")
@@ -126,6 +148,19 @@ ERRORS = {
     "too few windows": (
         lambda f, t: command(f, t / "o", "distill", "--sequences", "4"),
         "batch_size: expected at most 2 windows",
+    ),
+    "a prompt as long as a window": (
+        lambda f, t: [
+            "sample",
+            str(f / "model"),
+            "--text",
+            str(f / "text.txt"),
+            "--out",
+            str(t / "o.npy"),
+            "--length",
+            "8",
+        ],
+        "sample: expected 0 < prompt < length <= 128, got 32 and 8",
     ),
     "micro-batch": (lambda f, t: command(f, t / "o", "pv", "--micro-batch", "3"), "micro_batch: expected a divisor"),
 }

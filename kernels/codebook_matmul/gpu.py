@@ -196,7 +196,12 @@ def lookup_matmul(
       dimension: d, 4, 8 or 16.
       dtype: of the result.
       config: division of the work; by default that of `block_config`.
+
+    Raises:
+      ValueError: a cluster of one block, whose messages to itself GPUs refuse.
     """
+    if config is not None and config.cluster < 2:
+        raise ValueError(f"cluster: expected 2 to 8 blocks, got {config.cluster}; a block alone is no cluster")
     if scale is not None and scale.size == 1:
         scale = jnp.broadcast_to(scale, (words.shape[1], 1))
     plan = make_plan(x, words, codebooks, scale, dimension=dimension, dtype=dtype, config=config)
