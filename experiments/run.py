@@ -65,7 +65,10 @@ def wanted(only: str, methods: dict[str, Any]) -> dict[str, Any]:
     """The methods that `--only` asks for."""
     if only in methods:
         return {only: methods[only]}
-    return {name: config for name, config in methods.items() if re.search(only, name)}
+    try:
+        return {name: config for name, config in methods.items() if re.search(only, name)}
+    except re.error as error:
+        raise ValueError(f"--only: expected a name or a regular expression, got {only!r}: {error}") from error
 
 
 def result_file(args: Arguments, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
@@ -204,8 +207,8 @@ def main() -> int:
         print(f"error: name: expected one of {', '.join(EXPERIMENTS)}, got {args.name!r}", file=sys.stderr)
         return 1
     experiment = EXPERIMENTS[args.name]
-    experiment = dataclasses.replace(experiment, methods=wanted(args.only, experiment.methods))
     try:
+        experiment = dataclasses.replace(experiment, methods=wanted(args.only, experiment.methods))
         if isinstance(experiment, Layers):
             run_layers(args, experiment)
         elif isinstance(experiment, WholeModel):

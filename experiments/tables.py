@@ -123,17 +123,12 @@ def kernels(results: list[Result]) -> str:
     lines = []
     for rows in (result["rows"] for result in results):
         dense = {(r["k"], r["n"], r["batch"]): r["microseconds"] for r in rows if r["implementation"] == "dense"}
-        for r in rows:
-            if r["implementation"] in ("dense", "reference"):
-                continue
-            base, floor = dense.get((r["k"], r["n"], r["batch"])), r["floor_microseconds"]
-            times = [
-                f"{r['microseconds']:.1f}",
-                *(("", "") if base is None else (f"{base:.1f}", f"{r['microseconds'] / base:.2f}")),
-            ]
-            share = "" if floor is None else f"{floor / r['microseconds']:.0%}"
-            shape = f"{r['k']} x {r['n']}"
-            lines.append([r["format"], shape, str(r["batch"]), *times, share, r["environment"]["device"]])
+        for r in (r for r in rows if r["implementation"] not in ("dense", "reference")):
+            time, floor, base = r["microseconds"], r["floor_microseconds"], dense.get((r["k"], r["n"], r["batch"]))
+            compared = ["", ""] if base is None else [f"{base:.1f}", f"{time / base:.2f}"]
+            share = "" if floor is None else f"{floor / time:.0%}"
+            shape, device = f"{r['k']} x {r['n']}", r["environment"]["device"]
+            lines.append([r["format"], shape, str(r["batch"]), f"{time:.1f}", *compared, share, device])
     header = ["format", "K x N", "batch", "us", "dense us", "of dense", "of the bandwidth", "device"]
     return markdown(header, lines)
 

@@ -146,7 +146,7 @@ def _hessians(
         each = np.stack([importance[name] for name in group])
         cuts = np.cumsum([len(h) for h in hidden])[:-1]
         group_weights = [jnp.asarray(w) for w in np.split(each, cuts, axis=1)]
-        names, total = group, each.sum(axis=(1, 2))[:, None, None]
+        names, total = group, np.maximum(each.sum(axis=(1, 2)), np.finfo(np.float32).tiny)[:, None, None]
     grams = stats.init(columns, len(names))
     for h, w in zip(hidden, group_weights, strict=True):
         grams = stats.capture_update(model, block, h, grams, w, kind=kind, group=group)

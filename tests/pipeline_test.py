@@ -148,8 +148,8 @@ def test_24_resuming_changes_nothing(loaded, finished):
     assert run(loaded, params={**loaded.params, "blocks": [r.block for r in results]}, start=2) == []
 
 
-def test_each_layer_has_the_weights_of_its_tokens(loaded, monkeypatch):
-    """Hessians are sum w x x^T / sum w; weights of ones change nothing."""
+def recorded(monkeypatch):
+    """The hessian that each layer will be given, by path, once something runs; layers stay as they are."""
     hessians = {}
 
     def record(path, weight, hessian, *_, **__):
@@ -158,6 +158,12 @@ def test_each_layer_has_the_weights_of_its_tokens(loaded, monkeypatch):
 
     monkeypatch.setattr(pipeline, "quantize_layer", record)
     monkeypatch.setattr(pipeline, "compile_ahead", lambda *_, **__: None)
+    return hessians
+
+
+def test_each_layer_has_the_weights_of_its_tokens(loaded, monkeypatch):
+    """Hessians are sum w x x^T / sum w; weights of ones change nothing."""
+    hessians = recorded(monkeypatch)
     rng, names = np.random.default_rng(0), [name for group in loaded.model.groups for name in group]
     importance = [{n: rng.exponential(size=TOKENS.shape).astype(np.float32) for n in names} for _ in range(2)]
     run(loaded, importance=importance)
@@ -189,14 +195,7 @@ def test_24_a_plan_of_nothing_changes_nothing(loaded, monkeypatch):
 
 def test_layers_left_dense_pass_hidden_states_on(loaded, monkeypatch):
     """With a dense first block the second one's hessian is that of the dense model."""
-    hessians = {}
-
-    def record(path, weight, hessian, *_, **__):
-        hessians[path] = np.asarray(hessian)
-        return weight, None
-
-    monkeypatch.setattr(pipeline, "quantize_layer", record)
-    monkeypatch.setattr(pipeline, "compile_ahead", lambda *_, **__: None)
+    hessians = recorded(monkeypatch)
     run(loaded, [Rule("blocks/1/attn/[qkv]", RTNConfig(3, group_size=16)), Rule(".*", None)])
     model, (first, second) = loaded.model, loaded.params["blocks"]
     hidden = jax.jit(model.embed)(loaded.params, jnp.asarray(TOKENS))
