@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -223,3 +224,22 @@ def test_strict_promotion():
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         out = jax.eval_shape(model.forward, params, jnp.asarray(TOKENS))
     assert out.shape == (2, 24, 96)
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "dtype", "head_dim", "fused"),
+    [
+        ("gpu", "9.0", jnp.bfloat16, 64, True),
+        ("gpu", "8.0", jnp.float16, 128, True),
+        ("gpu", "9.0", jnp.float32, 64, False),
+        ("gpu", "9.0", jnp.bfloat16, 256, False),
+        ("gpu", "9.0", jnp.bfloat16, 60, False),
+        ("gpu", "7.5", jnp.float16, 64, False),
+        ("gpu", "gfx942", jnp.bfloat16, 64, False),
+        ("cpu", None, jnp.bfloat16, 64, False),
+    ],
+)
+def test_where_attention_is_fused(monkeypatch, backend, capability, dtype, head_dim, fused):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    assert transformer._has_fused_attention(jnp.dtype(dtype), head_dim) == fused
