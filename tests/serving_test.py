@@ -47,9 +47,10 @@ def test_layouts_are_reversible(platform):
         if is_quantized(a):
             assert b.storage_bits() == sum(8 * x.nbytes for x in jax.tree.leaves(b))
             assert b.shape == a.shape
-    assert isinstance(served["additive"], ServingTensor) == (platform != "gpu")
+    laid_out = platform != "gpu" or jax.__version_info__ >= (0, 11)  # older ones have no kernels for GPUs
+    assert isinstance(served["additive"], ServingTensor) == laid_out
     assert isinstance(served["levels"], ServingTensor) == (platform == "tpu")
-    assert served["additive"].format == TREE["additive"].format + (", kernel layout" if platform != "gpu" else "")
+    assert served["additive"].format == TREE["additive"].format + (", kernel layout" if laid_out else "")
 
 
 def test_what_is_padded_is_counted():
