@@ -93,8 +93,14 @@ def seed_entries(points: jax.Array, size: int) -> jax.Array:
     Returns:
       float32 [K, d].
 
-    Reference: van Baalen et al., GPTVQ, https://arxiv.org/abs/2402.15319, section 3.2.
+    Reference: van Baalen et al., GPTVQ, https://arxiv.org/abs/2402.15319, section 3.2. Differs from it for scalars, whose
+    order is that of their values, equal ones counted once: at one distance from the mean there are values on either side.
     """
+    if points.shape[1] == 1:
+        values = jnp.sort(points[:, 0])
+        rank = jnp.cumsum(jnp.concatenate([jnp.zeros(1, jnp.int32), (values[1:] != values[:-1]).astype(jnp.int32)]))
+        wanted = jnp.round(np.linspace(0, 1, size, dtype=np.float32) * rank[-1].astype(jnp.float32))
+        return values[jnp.searchsorted(rank, wanted.astype(jnp.int32))][:, None]
     centred = points - points.mean(0)[None, :]
     scatter = centred.T @ centred
     ridge = _RIDGE * jnp.trace(scatter) + jnp.finfo(jnp.float32).tiny

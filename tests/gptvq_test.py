@@ -61,9 +61,7 @@ def test_9_one_dimension_and_a_uniform_grid_is_gptq(key):
     levels = np.random.default_rng(0).integers(-2, 2, weight.shape).astype(np.float64)
     levels[:, :4] = [-2, -1, 0, 1]  # every row uses all levels, so k-means finds exactly them
     exact = LayerProblem(jnp.asarray(levels, jnp.float32), jnp.asarray(hessian, jnp.float32))
-    # k-means alone gives one row two entries for a level; a search as wide as this one undoes that.
-    options = {"row_scale": False, "column_scale": False, "entry_bits": 16, "beam_size": 8}
-    config = GPTVQConfig(2, 1, group_size=48, columns=48, **options)
+    config = GPTVQConfig(2, 1, group_size=48, columns=48, row_scale=False, column_scale=False, entry_bits=16)
     ours = gptvq(exact, config, key=key).dequantize()
     theirs = gptq(exact, GPTQConfig(2, search="minmax", order="natural"), key=key).dequantize()
     np.testing.assert_allclose(ours, levels, atol=1e-3)
