@@ -56,16 +56,21 @@ def whole_model(results: list[Result]) -> Any:
     return figure
 
 
-def speed(results: list[Result]) -> Any:
+def codebooks(results: list[Result]) -> Any:
+    """As `speed`, for one size of layer, against the entries of a codebook."""
+    return speed([{**r, "method": "aqlm", "entries": 2 ** r["config"]["codebook_bits"]} for r in results], "entries")
+
+
+def speed(results: list[Result], against: str = "columns") -> Any:
     """Seconds, and bytes of device memory beyond the problem, against the size of a square layer."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.6))
     for axis, name, label in zip(axes, ("seconds", "peak_bytes"), ("seconds", "peak device bytes"), strict=True):
         series: Series = defaultdict(list)
         for r in results:
             if r.get(name):
-                series[r["method"]].append((r["columns"], r[name]))
+                series[r["method"]].append((r[against], r[name]))
         lines(axis, {method: sorted(points) for method, points in sorted(series.items())})
-        axis.set(xlabel="in = out", ylabel=label, xscale="log", yscale="log")
+        axis.set(xlabel={"columns": "in = out"}.get(against, against), ylabel=label, xscale="log", yscale="log")
     axes[0].legend(fontsize=6)
     return figure
 
@@ -76,7 +81,7 @@ PLOTS: dict[str, Callable[[list[Result]], Any]] = {
     "guided": whole_model,
     "smollm2": whole_model,
     "scaling": speed,
-    "codebooks": speed,
+    "codebooks": codebooks,
 }
 
 

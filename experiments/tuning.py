@@ -16,7 +16,7 @@ from experiments.configs import Tuning
 from jaxquant import bits_per_weight, trees
 from jaxquant.checkpoint import describe_config
 from jaxquant.commands import default_bos
-from jaxquant.data import evaluation_tokens, mix
+from jaxquant.data import TokenSet, evaluation_tokens, mixed
 from jaxquant.distill import prepare
 from jaxquant.pipeline import tune_blocks
 from jaxquant.progress import track
@@ -33,7 +33,7 @@ class _Chain:
       experiment: settings.
       quantized: function that returns the quantized model, the same for all seeds.
       seed: of the order of the windows, and of which are held out.
-      extra: more windows, or None.
+      sampled: file of more windows, or None.
     """
 
     def __init__(
@@ -42,10 +42,13 @@ class _Chain:
         experiment: Tuning,
         quantized: Callable[[], Any],
         seed: int,
-        extra: np.ndarray | None,
+        sampled: str | None,
     ):
         self.task, self.experiment, self.quantized, self.seed = task, experiment, quantized, seed
-        self.windows = task.tokens if extra is None else mix(task.tokens, extra, seed)
+        self.windows = task.tokens
+        if sampled is not None:
+            vocab = task.model.config.vocab_size
+            self.windows = mixed(TokenSet(task.tokens, {}), Path(sampled), seed=seed, vocab_size=vocab).tokens
         self.stage = functools.cache(self._stage)
 
     def _stage(self, stage: str) -> tuple[Any, float]:
@@ -98,7 +101,6 @@ def run(
       sampled: windows from `jaxquant sample`, to distil and PV-tune on beside the calibration windows, or None.
       store: (settings, function that measures) -> None; it calls the function unless the result is there.
     """
-    extra = None if sampled is None else np.load(sampled).astype(np.int32)
     about = {} if sampled is None else {"sampled": hashlib.sha256(Path(sampled).read_bytes()).hexdigest()}
     task = models.open_task(model, calibration, text, experiment.sequences, experiment.length)
     third = evaluation_tokens(None, task.tokenizer, length=experiment.length, bos_id=default_bos(task.model)).tokens
@@ -110,7 +112,7 @@ def run(
 
     for seed in experiment.seeds:
         for name, config in experiment.methods.items():
-            chain = _Chain(task, experiment, functools.partial(quantized, name), seed, extra)
+            chain = _Chain(task, experiment, functools.partial(quantized, name), seed, sampled)
             for stage in STAGES:
 
                 def measure(chain=chain, stage=stage):

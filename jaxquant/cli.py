@@ -97,7 +97,7 @@ class Quantize(_Planned):
       out: directory for the result.
       dense: also save the dequantized model in bfloat16, for transformers, in OUT/dense.
       guided: weigh calibration tokens by how much a layer's outputs there matter to the model's predictions, which one
-        backward pass through the dense model tells: better results for the same bits. Holds the inputs of all blocks.
+        backward pass through the dense model tells: better results for the same bits.
       finetune: epochs of fine-tuning of each block, once it is quantized, on the calibration text; 0 for none.
       finetune_rate: largest step of fine-tuning, relative to the size of each array.
       finetune_targets: as `tune --targets`.

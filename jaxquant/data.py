@@ -97,14 +97,8 @@ def load_tokens(config: CalibrationConfig, tokenizer: Tokenizer | None, *, vocab
     return _token_set(cut, info, seed=config.seed, bos_id=config.bos_id)
 
 
-def mix(first: np.ndarray, second: np.ndarray, seed: int) -> np.ndarray:
-    """Windows of both arrays in random order, int32: those held out at the end are then of both kinds."""
-    both = np.concatenate([first, second]).astype(np.int32)
-    return both[np.random.default_rng(seed).permutation(len(both))]
-
-
 def mixed(data: TokenSet, file: Path, *, seed: int, vocab_size: int) -> TokenSet:
-    """Adds the windows of a `.npy` file to others, see `mix`.
+    """Adds the windows of a `.npy` file to others, all in random order: those held out at the end are of both kinds.
 
     Args:
       data: windows.
@@ -118,7 +112,8 @@ def mixed(data: TokenSet, file: Path, *, seed: int, vocab_size: int) -> TokenSet
     more, info = _token_rows(str(file), "sampled", None, None, vocab_size)
     if more.shape[1] != data.tokens.shape[1]:
         raise ValueError(f"{file}: expected windows of {data.tokens.shape[1]} tokens, got {more.shape[1]}")
-    both = mix(data.tokens, more, seed)
+    both = np.concatenate([data.tokens, more]).astype(np.int32)
+    both = both[np.random.default_rng(seed).permutation(len(both))]
     return _token_set(both, {"parts": [data.provenance, info]}, seed=seed)
 
 

@@ -30,13 +30,11 @@ def decode(
     """
     count, rows, columns = codes.shape
     size = codebooks.shape[-1] // (vector[0] * vector[1])
-    block = (np.arange(rows) * blocks[0] // rows)[:, None] * blocks[1]
-    block = block + (np.arange(columns) * blocks[1] // columns)[None, :]
-    # Added in two steps, lest a constant as large as the codes becomes part of the program.
-    books = jnp.asarray(np.arange(count, dtype=np.int32)[:, None, None] * np.int32(size))
-    place = codes.astype(jnp.int32) + books
-    if blocks != (1, 1):
-        place = place + jnp.asarray((block * count * size).astype(np.int32))[None]
+    row, column = np.arange(rows) * blocks[0] // rows * blocks[1], np.arange(columns) * blocks[1] // columns
+    # Added one by one, lest a constant as large as the codes becomes part of the program.
+    place = codes.astype(jnp.int32)
+    for first in (np.arange(count)[:, None, None], count * row[None, :, None], count * column[None, None, :]):
+        place = place + jnp.asarray(first * size, jnp.int32)
     entries = codebooks.astype(jnp.float32).reshape(-1, vector[0] * vector[1])
     vectors = jnp.take(entries, place, axis=0).sum(0)
     if scale is not None:
