@@ -6,7 +6,7 @@ time.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -61,16 +61,27 @@ def matmul(
     Raises:
       ValueError: the inner sizes differ, or the implementation does not support this product; the message says why.
     """
-    if x.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"matmul: expected x [..., {weight.shape[-1]}] for a weight {weight.shape}, got {x.shape}")
+    return matmul_each(x, (weight,), implementation)[0]
+
+
+def matmul_each(
+    x: jax.Array, weights: Sequence[jax.Array | QuantizedTensor], implementation: Implementation | None = None
+) -> list[jax.Array]:
+    """Returns [x @ weight.T for each weight], see `matmul`; one launch where a kernel can do several."""
+    for weight in weights:
+        if x.shape[-1] != weight.shape[-1]:
+            raise ValueError(f"matmul: expected x [..., {weight.shape[-1]}] for a weight {weight.shape}, got {x.shape}")
     tokens = x.size // max(1, x.shape[-1])
-    if implementation is None:
-        implementation = choose(weight, tokens=tokens)
-    elif reason := supports(weight, implementation, tokens=tokens):
-        raise ValueError(f'matmul: implementation "{implementation}": {reason}')
-    if implementation == "reference" or not isinstance(weight, QuantizedTensor):
-        return _reference(x, weight)
-    return _by_kernel(x, weight, implementation)
+    names = [implementation or choose(weight, tokens=tokens) for weight in weights]
+    for weight, name in zip(weights, names, strict=True):
+        if reason := supports(weight, name, tokens=tokens):
+            raise ValueError(f'matmul: implementation "{name}": {reason}')
+    if all(name != "reference" and isinstance(w, QuantizedTensor) for w, name in zip(weights, names, strict=True)):
+        (name,) = set(names)
+        return list(_by_kernel(x, tuple(weights), name))
+    if len(weights) > 1:
+        return [matmul_each(x, (weight,), implementation)[0] for weight in weights]
+    return [_reference(x, weights[0])]
 
 
 def supports(weight: Any, implementation: str, *, tokens: int = 1) -> str | None:
@@ -156,21 +167,30 @@ def _reference(x: jax.Array, weight: Any) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _by_kernel(x: jax.Array, weight: Any, implementation: str) -> jax.Array:
-    y = _product(x.reshape(-1, x.shape[-1]), weight, implementation, x.dtype)
-    return y.astype(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+def _by_kernel(x: jax.Array, weights: tuple[Any, ...], implementation: str) -> tuple[jax.Array, ...]:
+    results = _products(x.reshape(-1, x.shape[-1]), weights, implementation, x.dtype)
+    return tuple(y.astype(x.dtype).reshape(*x.shape[:-1], y.shape[-1]) for y in results)
 
 
-def _by_kernel_forward(x: jax.Array, weight: Any, implementation: str) -> tuple[jax.Array, Any]:
-    return _by_kernel(x, weight, implementation), (x, weight)
+def _by_kernel_forward(x: jax.Array, weights: tuple[Any, ...], implementation: str) -> tuple[Any, Any]:
+    return _by_kernel(x, weights, implementation), (x, weights)
 
 
-def _by_kernel_backward(implementation: str, saved: Any, gradient: jax.Array) -> tuple[Any, ...]:
+def _by_kernel_backward(implementation: str, saved: Any, gradients: tuple[jax.Array, ...]) -> tuple[Any, ...]:
     del implementation
-    return jax.vjp(_reference, *saved)[1](gradient)
+    return jax.vjp(lambda x, weights: tuple(_reference(x, weight) for weight in weights), *saved)[1](gradients)
 
 
 _by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
+
+
+def _products(x: jax.Array, weights: tuple[Any, ...], implementation: str, dtype: Any) -> list[jax.Array]:
+    """Returns [_product(...) for each weight]."""
+    banked = implementation == "gpu" and all(isinstance(weight, BankedTensor) for weight in weights)
+    if banked and len({weight.dimension for weight in weights}) == 1:
+        arrays = [(weight.words, dense(weight.codebooks), weight.scale) for weight in weights]
+        return codebook_api.banked_matmuls(x, arrays, dimension=weights[0].dimension, dtype=dtype)
+    return [_product(x, weight, implementation, dtype) for weight in weights]
 
 
 def _product(x: jax.Array, weight: Any, implementation: str, dtype: Any = jnp.float32) -> jax.Array:
@@ -224,8 +244,8 @@ def _leaf(x: jax.Array, weight: Any, implementation: str, dtype: Any) -> jax.Arr
     if isinstance(weight, CodebookTensor) and implementation == "gpu":
         weight = banked_tensor(weight)
     if isinstance(weight, BankedTensor):
-        settings: dict[str, Any] = {"dimension": weight.dimension, "dtype": dtype}
-        return codebook_api.banked_matmul(x, weight.words, dense(weight.codebooks), weight.scale, **settings)
+        (y,) = _products(x, (weight,), implementation, dtype)
+        return y
     if isinstance(weight, UniformTensor):
         weight = word_tensor(weight)
     if isinstance(weight, CodebookTensor):

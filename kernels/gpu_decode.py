@@ -6,9 +6,10 @@ Weights are the left operand of `wgmma`, from registers; inputs are the right on
 weight goes nowhere but to the tensor cores, and codes are read once for up to 256 tokens.
 
 A block of threads has one warpgroup that copies (codes and inputs, several steps ahead, by TMA) and several that decode
-and multiply, each its own rows of the weight. There is one block per multiprocessor, and all have the same share of the
-work, a tile being cut where a share ends: see `Shares`. The share with a tile's first steps comes to them last, and adds
-the sums of the others, in their order.
+and multiply, each its own rows of the weight. Blocks of a cluster have different rows and the same inputs, of which each
+copies its part to all of them. There is one block per multiprocessor, and all have the same share of the work, a tile
+being cut where a share ends: see `Shares`. The share with a tile's first steps comes to them last, and adds the sums of
+the others, in their order.
 """
 
 import math
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
 
 from jaxquant.kernels import gpu_registers as gr
 from jaxquant.kernels import gpu_sums
@@ -30,6 +32,7 @@ _COPY_REGISTERS = 40
 # Registers of a thread that computes, by the number of its warpgroups: what 64 Ki registers leave.
 _REGISTERS = {2: 232, 3: 152, 4: 104}
 _FILLED = 9  # number of the hardware's barrier that says so
+_CLUSTER = "block"  # the axis of the blocks of a cluster
 
 
 def matmul(
@@ -60,8 +63,8 @@ def matmul(
     of_tokens, of_rows = factors
     given = [factor for factor in (of_tokens, of_rows) if factor is not None]
     token_tiles = pl.cdiv(tokens, config.tokens)
-    total = pl.cdiv(out, config.rows) * token_tiles * decoder.steps
-    shares = Shares(decoder.steps, total, min(config.cores, total))
+    total = pl.cdiv(out, config.rows * config.cluster) * token_tiles * decoder.steps
+    shares = Shares(decoder.steps, total, min(config.cores // config.cluster, total))
     body = _Kernel(
         decoder,
         streams,
@@ -77,6 +80,8 @@ def matmul(
         out_type=(jax.ShapeDtypeStruct((tokens, out), dtype), body.parts()),
         grid=(shares.count,),
         grid_names=("share",),
+        cluster=(config.cluster,),
+        cluster_names=(_CLUSTER,),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         # The barriers of Pallas would order reads and writes of shared memory by one thread: there are none.
@@ -98,6 +103,7 @@ class _Kernel:
         self.decoder, self.streams, self.num_tables, self.config = decoder, streams, num_tables, config
         self.shares, (self.tokens, self.rows), self.dtype, self.factors = shares, shape, dtype, factors
         self.token_tiles = pl.cdiv(self.tokens, config.tokens)
+        self.groups = config.cluster * config.warpgroups  # that have rows of a tile
         self.columns = decoder.calls * decoder.fragments * decoder.width  # of a step
         stage = config.tokens * self.columns * 2
         stage += sum(s.copies * s.bytes for s in streams)
@@ -109,9 +115,7 @@ class _Kernel:
     def parts(self) -> jax.ShapeDtypeStruct:
         """Sums of the steps of tiles that a share does not begin: every share has at most one."""
         values = gr.FRAGMENT_ROWS * self.config.blocks * self.config.tokens // gr.WARPGROUP
-        return jax.ShapeDtypeStruct(
-            (self.shares.count * self.config.warpgroups, values // 4, gr.WARPGROUP, 4), jnp.float32
-        )
+        return jax.ShapeDtypeStruct((self.shares.count * self.groups, values // 4, gr.WARPGROUP, 4), jnp.float32)
 
     def scratch(self) -> list[Any]:
         """Shared memory and barriers."""
@@ -122,6 +126,10 @@ class _Kernel:
         copies = 1 + sum(s.copies for s in self.streams)
         filled = plgpu.Barrier(num_arrivals=copies, num_barriers=self.stages)
         free = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=self.stages)
+        if config.cluster > 1:  # what one block copies, it writes to all
+            free = plgpu.ClusterBarrier(
+                collective_axes=(_CLUSTER,), num_arrivals=config.warpgroups, num_barriers=self.stages
+            )
         return [inputs, codes, list(self.decoder.shared()), filled, free]
 
     def __call__(self, x, *refs):
@@ -129,8 +137,8 @@ class _Kernel:
         streams, tables, factors, (y, parts) = (list(refs[i:j]) for i, j in zip([0, *split[:-1]], split, strict=True))
         inputs, codes, shared, filled, free = refs[split[-1] :]
         tiles = self.shares.total // self.decoder.steps
-        flags = pl.get_global(plgpu.SemaphoreType.REGULAR((tiles * self.config.warpgroups,)))
-        share, group = lax.axis_index("share"), lax.axis_index("warpgroup")
+        flags = pl.get_global(plgpu.SemaphoreType.REGULAR((tiles * self.groups,)))
+        share, group, block = (lax.axis_index(name) for name in ("share", "warpgroup", _CLUSTER))
         start, stop = self.shares.start(share), self.shares.start(share + 1)
 
         @pl.when(group == self.config.warpgroups)
@@ -139,7 +147,7 @@ class _Kernel:
 
             @pl.loop(start, stop)
             def _(step):
-                self._copy(step, step - start, x, streams, inputs, codes, filled, free)
+                self._copy(step, step - start, block, x, streams, inputs, codes, filled, free)
 
         @pl.when(group < self.config.warpgroups)
         def _():
@@ -149,21 +157,35 @@ class _Kernel:
             @pl.loop(start // self.decoder.steps, (stop - 1) // self.decoder.steps + 1)
             def _(tile):
                 first, last = lax.max(start, tile * self.decoder.steps), lax.min(stop, (tile + 1) * self.decoder.steps)
-                sums = self._sum(tile, first, last, start, group, inputs, codes, shared, tables, filled, free)
-                self._finish(tile, first, share, group, sums, y, parts, flags, factors)
+                sums = self._sum(tile, first, last, start, group, block, inputs, codes, shared, tables, filled, free)
+                self._finish(tile, first, share, group, block, sums, y, parts, flags, factors)
 
-    def _place(self, tile):
-        """First output and first token of a tile; tiles of the same outputs follow each other."""
-        return tile // self.token_tiles * self.config.rows, tile % self.token_tiles * self.config.tokens
+        if self.config.cluster > 1:
+            self._leave()
 
-    def _copy(self, step, index, x, streams, inputs, codes, filled, free):
+    def _leave(self):
+        """Waits for the other blocks, which may still say that they have read what this one copied."""
+
+        @gr.inline()
+        def leave(ctx):
+            del ctx
+            gr.ptx("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;")
+
+        leave()
+
+    def _place(self, tile, block):
+        """A block's first output, and first token, of a tile; tiles of the same outputs follow each other."""
+        row = (tile // self.token_tiles * self.config.cluster + block) * self.config.rows
+        return row, tile % self.token_tiles * self.config.tokens
+
+    def _copy(self, step, index, block, x, streams, inputs, codes, filled, free):
         slot = lax.rem(index, self.stages)
 
         @pl.when(index >= self.stages)
         def _():
             plgpu.barrier_wait(free.at[slot])
 
-        row, token = self._place(step // self.decoder.steps)
+        row, token = self._place(step // self.decoder.steps, block)
         step = step % self.decoder.steps
         for number, (stream, ref, to) in enumerate(zip(self.streams, streams, codes, strict=True)):
             for copy in range(stream.copies):
@@ -171,7 +193,8 @@ class _Kernel:
                 source = ref.at[tuple(pl.ds(i, size) for i, size in zip(begin, stream.box, strict=True))]
                 plgpu.copy_gmem_to_smem(source, to.at[slot, copy], filled.at[slot])
         source = x.at[pl.ds(token, self.config.tokens), pl.ds(step * self.columns, self.columns)]
-        plgpu.copy_gmem_to_smem(source, inputs.at[slot], filled.at[slot])
+        together = _CLUSTER if self.config.cluster > 1 else None
+        plgpu.copy_gmem_to_smem(source, inputs.at[slot], filled.at[slot], collective_axes=together)
 
     def _fill(self, tables, shared, group):
         if not shared:
@@ -206,11 +229,23 @@ class _Kernel:
 
         return decode(codes, list(shared), list(tables), place)
 
-    def _sum(self, tile, first, last, start, group, inputs, codes, shared, tables, filled, free):
+    def _free(self, barrier):
+        """Says that the warpgroup has read a step."""
+        if self.config.cluster > 1:  # one thread says it for all
+
+            @gr.inline()
+            def together(ctx):
+                del ctx
+                utils.warpgroup_barrier()
+
+            together()
+        plgpu.barrier_arrive(barrier)
+
+    def _sum(self, tile, first, last, start, group, block, inputs, codes, shared, tables, filled, free):
         """Returns the sums of a tile's steps from `first` to `last`; the share starts with step `start`."""
         decoder, config = self.decoder, self.config
         rows = gr.FRAGMENT_ROWS * config.blocks
-        row, inner = self._place(tile)[0], group * rows
+        row, inner = self._place(tile, block)[0], group * rows
         kind = plgpu.WGMMAAccumulatorRef((rows, config.tokens), jnp.float32)
 
         def fragments(slot, step):
@@ -233,7 +268,7 @@ class _Kernel:
                     plgpu.wgmma(sums, weight, x)
                     before = weight
                 self._wait(before)
-                plgpu.barrier_arrive(free.at[slot])
+                self._free(free.at[slot])
 
             return sums[...]
 
@@ -251,7 +286,7 @@ class _Kernel:
                 part = pl.run_scoped(product, kind)
                 self._wait(weight)
                 sums = self._add_scaled(sums, part, scale)
-            plgpu.barrier_arrive(free.at[slot])
+            self._free(free.at[slot])
             return sums
 
         if not decoder.scaled:
@@ -272,9 +307,9 @@ class _Kernel:
 
         keep(weight)
 
-    def _finish(self, tile, first, share, group, sums, y, parts, flags, factors):
+    def _finish(self, tile, first, share, group, block, sums, y, parts, flags, factors):
         """Writes a tile with its first steps, adding what others have of it; hands others to the share that has them."""
-        groups, begin = self.config.warpgroups, tile * self.decoder.steps
+        groups, begin, mine = self.groups, tile * self.decoder.steps, block * self.config.warpgroups + group
         layout, ref, kind = plgpu.Layout.WGMMA, plgpu.RefType(), gr.sums_type(sums.shape)
 
         @gr.inline(arg_types=(layout, ref, ref, gr.SCALAR))
@@ -297,18 +332,18 @@ class _Kernel:
             place = gr.scalar(token), gr.scalar(row)
             gpu_sums.store_rows(sums, y, *place, *given, tokens=self.tokens, rows=self.rows, dtype=self.dtype)
 
-        flag = flags.at[tile * groups + group]
+        flag = flags.at[tile * groups + mine]
 
         @pl.when(first > begin)
         def _():
-            hand(sums, parts, flag, share * groups + group)
+            hand(sums, parts, flag, share * groups + mine)
 
         @pl.when(first == begin)
         def _():
             total, others = sums, self.shares.owner(begin + self.decoder.steps - 1) - share
             if self.shares.most > 1:
-                total = add(sums, parts, flag, (share + 1) * groups + group, others)
-            row, token = self._place(tile)
+                total = add(sums, parts, flag, (share + 1) * groups + mine, others)
+            row, token = self._place(tile, block)
             store(total, y, factors, token, row + group * gr.FRAGMENT_ROWS * self.config.blocks)
 
     def _add_scaled(self, sums, part, scale):

@@ -24,6 +24,7 @@ class BlockConfig:
       tokens: per tile, a multiple of 8, at most 256.
       stages: steps in flight, at most; as many as fit.
       cores: multiprocessors.
+      cluster: blocks, each with outputs of its own, that copy inputs once for all of them.
     """
 
     warpgroups: int = 4
@@ -31,10 +32,11 @@ class BlockConfig:
     tokens: int = 16
     stages: int = 4
     cores: int = 132
+    cluster: int = 1
 
     @property
     def rows(self) -> int:
-        """Outputs per tile."""
+        """Outputs per tile of a block."""
         return gr.FRAGMENT_ROWS * self.blocks * self.warpgroups
 
 
@@ -169,7 +171,13 @@ class Shares:
 
 
 def block_config(tokens: int, *, scaled: bool = False) -> BlockConfig:
-    """Sizes for a number of tokens: equal tiles of tokens, few of them; sums that are scaled take twice the registers."""
+    """Sizes for a number of tokens: equal tiles of tokens, few of them; sums that are scaled take twice the registers.
+
+    Large tiles are what the second cache has to deliver most of: pairs of blocks read them once.
+    """
     most = MOST_TOKENS // 2 if scaled else MOST_TOKENS
-    tile = -(-tokens // -(-tokens // most) // 8) * 8
-    return BlockConfig(warpgroups=2 if tile > most // 2 else 4, tokens=tile)
+    tiles = -(-tokens // most)
+    large = -(-tokens // tiles) > most // 2
+    multiple = 16 if large else 8  # each of a pair copies half
+    tile = -(-tokens // tiles // multiple) * multiple
+    return BlockConfig(warpgroups=2, tokens=tile, cluster=2) if large else BlockConfig(tokens=tile)

@@ -123,6 +123,11 @@ def fmul(a: Value, b: Value) -> Value:
     return arith.mulf(a, b)
 
 
+def fma(a: Value, b: Value, c: Value) -> Value:
+    """Product a * b plus c of float32, rounded once."""
+    return _ptx("fma.rn.f32 $0, $1, $2, $3;", (a, b, c), [ir.F32Type.get()], pure=True)[0]
+
+
 def select(condition: Value, a: Value, b: Value) -> Value:
     """`a` where the condition holds, else `b`."""
     return arith.select(condition, a, b)
@@ -214,6 +219,22 @@ def stream_words(address: Value) -> list[Value]:
     """Four words of global memory that are read once: not kept in the first cache."""
     ptx = "ld.global.nc.L1::no_allocate.v4.u32 {$0,$1,$2,$3}, [$4];"
     return _ptx(ptx, [address], [_word()] * 4)
+
+
+def load_word(address: Value) -> Value:
+    """A word of global memory that the kernel does not write."""
+    return _ptx("ld.global.nc.u32 $0, [$1];", [address], [_word()])[0]
+
+
+def store_four(values: Sequence[Value], address: Value) -> None:
+    """Writes four words or float32 to an address that is a multiple of 16 bytes."""
+    kind = ir.VectorType.get((4,), values[0].type)
+    llvm.store(vector.from_elements(kind, list(values)), address, alignment=16)
+
+
+def shuffle(x: Value, distance: int) -> Value:
+    """The float32 of the thread of the warp whose index differs in the bits of `distance`; all threads of the warp."""
+    return utils.shfl_bfly(x, distance)
 
 
 def block_barrier() -> None:

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxquant import matmul
-from jaxquant.kernels.codebook_matmul import gpu, gpu_plan, layout
+from jaxquant import CodebookTensor, matmul
+from jaxquant.kernels.codebook_matmul import gpu, gpu_gather, gpu_plan, layout
 from jaxquant.kernels.codebook_matmul.gpu_plan import BlockConfig, block_config
 from jaxquant.kernels.codebook_matmul.layout import SET
-from jaxquant.ops import choose, supports
+from jaxquant.ops import choose, matmul_each, supports
 from jaxquant.serving import BankedTensor, banked_tensor, for_serving, from_serving
 from tests.gpu_model import Model
 from tests.ops_test import TENSORS, additive, dequantize, relative
@@ -72,13 +72,49 @@ def test_the_program_of_threads(name, monkeypatch):
     assert most == 1
 
 
+def gathered(x, weight, tiles, monkeypatch):
+    """The result of the gathering kernel, by `tests.gpu_model`."""
+    arrays = [None if part is None else np.asarray(part) for part in (weight.words, weight.codebooks, weight.scale)]
+    plan = gpu_gather.make_plan(x, arrays, dimension=weight.dimension, dtype=np.float32, tiles=tiles)
+    y = np.full((len(x), weight.shape[0]), np.nan, np.float32)
+    for block, chunk in np.ndindex(plan.blocks(weight.shape[0]), -(-len(x) // plan.chunk)):
+        model = Model(1, plan.threads)
+        model.patch(monkeypatch)
+        addresses = [*map(model.global_, (x, *arrays[:2], y)), *(model.shared(4 * size) for size in plan.shared)]
+        addresses += [] if arrays[2] is None else [model.global_(arrays[2].reshape(-1))]
+        place = np.full(model.count, block), np.full(model.count, chunk)
+        gpu_gather.ThreadProgram(plan, place, weight.shape[0], addresses).run()
+    return y
+
+
+GATHERED = {
+    "2x8": (additive(100, 576), 1, 1),
+    "two lines of a warp, two tiles": (additive(100, 1536), 1, 2),
+    "lines and tokens that are not there": (additive(40, 1100), 6, 1),
+    "1x8, vectors of 16, no scale": (additive(40, 1600, 1, d=16, scaled=False), 2, 1),
+    "4x8, vectors of 4": (additive(40, 200, 4, d=4), 1, 1),
+    "8x8, 16 entries": (additive(40, 64, 8, size=16), 1, 3),
+}
+
+
+@pytest.mark.parametrize("name", GATHERED)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_the_program_of_gathering_threads(name, dtype, monkeypatch):
+    weight, tokens, tiles = GATHERED[name]
+    x = np.random.default_rng(0).standard_normal((tokens, weight.shape[1])).astype(dtype)
+    y = gathered(x, banked_tensor(weight), tiles, monkeypatch)
+    assert relative(y, x.astype(np.float64) @ np.asarray(dequantize(weight), np.float64).T) < 1e-6
+
+
 def test_scales_of_columns_and_half_precision(monkeypatch):
     weight = additive(40, 200, scaled=False)
     scale = jnp.asarray(np.random.default_rng(1).uniform(0.5, 1.5, (1, 25)), jnp.float16)
     weight = dataclasses.replace(weight, scale=scale)
     x = np.random.default_rng(0).standard_normal((1, 200)).astype(np.float16)
+    expected = x.astype(np.float64) @ np.asarray(dequantize(weight), np.float64).T
     y, _ = modelled(x, banked_tensor(weight), BlockConfig(1, 1, 2, 1, 64), monkeypatch)
-    assert relative(y, x.astype(np.float64) @ np.asarray(dequantize(weight), np.float64).T) < 2e-6
+    assert relative(y, expected) < 2e-6
+    assert relative(gathered(x, banked_tensor(weight), 1, monkeypatch), expected) < 2e-6
 
 
 @settings(max_examples=50)
@@ -126,6 +162,12 @@ LOWERED = {
 }
 
 
+def by_lookup(x, weight):
+    """The product by the kernel that `matmul` uses for large weights only."""
+    settings = {"dimension": weight.dimension, "dtype": x.dtype}
+    return gpu.lookup_matmul(x, weight.words, weight.codebooks, weight.scale, **settings)
+
+
 @needs_mosaic
 @pytest.mark.parametrize("name", LOWERED)
 def test_the_kernel_lowers_for_cuda(name):
@@ -135,6 +177,8 @@ def test_the_kernel_lowers_for_cuda(name):
     product = jax.jit(functools.partial(matmul, implementation="gpu"))
     text = product.trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 1
+    if isinstance(weight, CodebookTensor):
+        jax.jit(by_lookup).trace(x, banked_tensor(weight)).lower(lowering_platforms=("cuda",))
     gradient = jax.jit(jax.grad(lambda x, w: matmul(x, w, "gpu").astype(jnp.float32).sum()))
     gradient.trace(jnp.ones(x.shape, dtype), weight).lower(lowering_platforms=("cuda",))
 
@@ -157,12 +201,37 @@ def test_on_a_gpu(name):
     weight, tokens, dtype = ON_GPU[name]
     x = jnp.asarray(np.random.default_rng(0).standard_normal((tokens, weight.shape[1])), dtype)
     served = for_serving(weight, "gpu")
-    product = jax.jit(functools.partial(matmul, implementation="gpu"))
-    y = product(x, served)
     expected = np.asarray(x, np.float64) @ np.asarray(dequantize(weight), np.float64).T
-    assert relative(y, expected) < {"float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}[dtype]  # rounding of results
-    for _ in range(20):
-        np.testing.assert_array_equal(product(x, served), y)
+    products = [functools.partial(matmul, implementation="gpu")]
+    if isinstance(served, BankedTensor):
+        products.append(by_lookup)
+    for product in map(jax.jit, products):
+        y = product(x, served)
+        assert (
+            relative(y, expected) < {"float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}[dtype]
+        )  # rounding of results
+        for _ in range(20):
+            np.testing.assert_array_equal(product(x, served), y)
+
+
+@needs_mosaic
+def test_weights_with_one_input_are_one_launch():
+    weights = [banked_tensor(additive(n, 576)) for n in (96, 40, 40)]
+    x = jax.ShapeDtypeStruct((1, 576), jnp.bfloat16)
+    product = jax.jit(lambda x, weights: matmul_each(x, weights, "gpu"))
+    text = product.trace(x, weights).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @") == 1
+
+
+@needs_mosaic
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_several_weights_on_a_gpu(tokens):
+    weights = [additive(n, 576) for n in (576, 192, 40)]
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((tokens, 576)), jnp.float32)
+    results = jax.jit(lambda x, weights: matmul_each(x, weights, "gpu"))(x, for_serving(weights, "gpu"))
+    for y, weight in zip(results, weights, strict=True):
+        assert relative(y, np.asarray(x, np.float64) @ np.asarray(dequantize(weight), np.float64).T) < 2e-6
 
 
 REFUSALS = [

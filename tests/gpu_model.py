@@ -72,6 +72,7 @@ class Model:
     number = staticmethod(np.float32)
     fadd = staticmethod(lambda a, b: a + b)
     fmul = staticmethod(lambda a, b: a * b)
+    fma = staticmethod(lambda a, b, c: a * b + c)
     select = staticmethod(np.where)
 
     def split(self, x):
@@ -145,6 +146,18 @@ class Model:
 
     def stream_words(self, address):
         return list(address.memory[self.places(address, 16)].view(np.uint32).astype(np.int64).T)
+
+    def load_word(self, address):
+        return address.memory[self.places(address, 4)].view(np.uint32).astype(np.int64)[:, 0]
+
+    def shuffle(self, x, distance):
+        return np.broadcast_to(x, self.count)[np.arange(self.count) ^ distance]
+
+    def store_four(self, values, address):
+        values = [np.broadcast_to(x, self.count) for x in values]
+        for i, x in enumerate(values):
+            kind = np.float32 if x.dtype.kind == "f" else np.uint32
+            self.store(x.astype(kind).view(np.float32), self.at(address, 4 * i))
 
     def store(self, x, address, dtype=np.float32):
         dtype = np.dtype(dtype)

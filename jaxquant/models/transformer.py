@@ -6,6 +6,7 @@ Activations keep the dtype of the embedding. There is no padding; positions star
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -48,8 +49,16 @@ def make_model(config: ModelConfig) -> Model:
 
 def linear(layer: Any, x: jax.Array) -> jax.Array:
     """X Wᵀ + b: x [..., in] with layer {"weight" [out, in][, "bias" [out]]} -> [..., out]."""
-    y = ops.matmul(x, layer["weight"])
-    return y + jnp.broadcast_to(layer["bias"].astype(y.dtype), y.shape) if "bias" in layer else y
+    return linears([layer], x)[0]
+
+
+def linears(layers: Sequence[Any], x: jax.Array) -> list[jax.Array]:
+    """`linear` of one x with several layers."""
+    results = ops.matmul_each(x, [layer["weight"] for layer in layers])
+    return [
+        y + jnp.broadcast_to(layer["bias"].astype(y.dtype), y.shape) if "bias" in layer else y
+        for layer, y in zip(layers, results, strict=True)
+    ]
 
 
 def rms_norm(config: ModelConfig, norm: Any, x: jax.Array) -> jax.Array:
@@ -130,7 +139,7 @@ def attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, kind: 
 def project(config: ModelConfig, attn: Any, x: jax.Array, kind: str, start: jax.Array | None = None) -> Any:
     """Rotated queries and keys, and values, each [batch, time, heads, head_dim], of x [batch, time, hidden_size]."""
     shape = (*x.shape[:2], -1, config.head_dim)
-    q, k, v = (linear(attn[name], x).reshape(shape) for name in ("q", "k", "v"))
+    q, k, v = (y.reshape(shape) for y in linears([attn[name] for name in ("q", "k", "v")], x))
     if config.qk_norm:
         q, k = rms_norm(config, attn["q_norm"], q), rms_norm(config, attn["k_norm"], k)
     return rotate(config, q, kind, start), rotate(config, k, kind, start), v
@@ -161,7 +170,8 @@ def add_attention(config: ModelConfig, block: Any, hidden: jax.Array, mixed: jax
 
 def gated(config: ModelConfig, mlp: Any, x: jax.Array) -> jax.Array:
     """Input of the down projection [batch, time, intermediate_size] from x [batch, time, hidden_size]."""
-    return ACTIVATIONS[config.activation](linear(mlp["gate"], x)) * linear(mlp["up"], x)
+    gate, up = linears([mlp["gate"], mlp["up"]], x)
+    return ACTIVATIONS[config.activation](gate) * up
 
 
 def transformer_block(config: ModelConfig, block: Any, hidden: jax.Array, kind: str) -> jax.Array:

@@ -1,6 +1,7 @@
 """Products with additive codes in slots: which implementation can do which, and calling it."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 
 # Beyond these the tables cost more than they save; on TPUs and GPUs other kernels decode then.
 CPU_TOKENS, TPU_TABLE_TOKENS, TPU_TOKENS, GPU_TOKENS = 4, 4, 128, 8
+GATHER_SIZE = 2**21  # weights, up to which a GPU gathers entries rather than products
 # Decoding holds all inputs in a TPU's fast memory, once per codebook: tokens * in * M.
 TPU_INPUTS = 3_500_000
 
@@ -114,18 +116,29 @@ def codebook_matmul(
 
 
 @functools.partial(jax.jit, static_argnames=("dimension", "dtype"))  # layers of one shape are lowered once
-def banked_matmul(
-    x: jax.Array,
-    words: jax.Array,
-    codebooks: jax.Array,
-    scale: jax.Array | None,
-    *,
-    dimension: int,
-    dtype: jnp.dtype,
-) -> jax.Array:
-    """Returns x @ W.T by the GPU kernels, [tokens, out] of `dtype`; see `gpu.lookup_matmul`, `gpu_batch.decode_matmul`."""
-    from jaxquant.kernels.codebook_matmul import gpu, gpu_batch
+def banked_matmuls(
+    x: jax.Array, weights: Sequence[tuple[jax.Array, jax.Array, jax.Array | None]], *, dimension: int, dtype: jnp.dtype
+) -> list[jax.Array]:
+    """Returns x @ W.T by the GPU kernels for several weights, each [tokens, out] of `dtype`.
+
+    Args:
+      x: float [tokens, in].
+      weights: of each, words, codebooks and scale, see `gpu.lookup_matmul`, `gpu_batch.decode_matmul` and `gpu_gather`.
+      dimension: d.
+      dtype: of the results.
+    """
+    from jaxquant.kernels.codebook_matmul import gpu, gpu_batch, gpu_gather
 
     if len(x) > GPU_TOKENS:
-        return gpu_batch.decode_matmul(x, words, codebooks, scale, dtype=dtype)
-    return gpu.lookup_matmul(x, words, codebooks, scale, dimension=dimension, dtype=dtype)
+        return [gpu_batch.decode_matmul(x, *weight, dtype=dtype) for weight in weights]
+    settings: dict[str, Any] = {"dimension": dimension, "dtype": dtype}
+    plans = [gpu_gather.make_plan(x, weight, **settings) for weight in weights]
+    small = [
+        x.shape[1] * words.shape[1] <= GATHER_SIZE and gpu_gather.fits(plan)
+        for (words, _, _), plan in zip(weights, plans, strict=True)
+    ]
+    if all(small) and len(set(plans)) == 1:
+        return gpu_gather.gather_matmul(x, weights, **settings)
+    if any(small) and len(weights) > 1:
+        return [banked_matmuls(x, [weight], **settings)[0] for weight in weights]
+    return [gpu.lookup_matmul(x, *weight, **settings) for weight in weights]

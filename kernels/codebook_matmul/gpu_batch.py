@@ -152,8 +152,7 @@ def decode_matmul(
         x = x.astype(jnp.float32) * jnp.repeat(column_scale.astype(jnp.float32), _VECTOR)[None, :]
     books = jnp.pad(codebooks, ((0, 0), (0, _ENTRIES * _VECTOR - codebooks.shape[1])))
     books, book_scale = gpu_inputs.as_half(books.reshape(1, -1))
-    x, x_scale = gpu_inputs.as_half(x)
-    x = gpu_inputs.permute_columns(x)
+    x, x_scale = gpu_inputs.as_half(gpu_inputs.permute_columns(x))
     words = jnp.pad(words, ((0, 0), (0, -out % _PIECE), (0, 0))).reshape(lines, -1, _PIECE * _WORDS)
     stream = gpu_plan.Stream(words, (_ROWS, decoder.pieces, _PIECE * _WORDS))
     books = books.reshape(-1, _VECTOR)

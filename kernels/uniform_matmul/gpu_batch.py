@@ -273,9 +273,10 @@ def uniform_matmul(
     (groups, out), columns = scale.shape, x.shape[1]
     scaled = groups > 1
     config = config or gpu_plan.block_config(len(x), scaled=scaled)
-    x, x_scale = (x, None) if x.dtype == jnp.bfloat16 else gpu_inputs.as_half(x)
     blocks, calls = words.shape[1], _calls(bits, config)
     group = columns // groups if scaled else blocks * tiles.block_columns(bits)
+    x = gpu_inputs.permute_columns(x)
+    x, x_scale = (x, None) if x.dtype == jnp.bfloat16 else gpu_inputs.as_half(x)
     width = math.gcd(_WIDTH, tiles.chunk_columns(bits), group)
     decoder = UniformDecoder(bits, blocks, config.rows, calls, width, group, zero is not None, scaled, x.dtype)
     streams = [decoder.stream(words)]
@@ -284,7 +285,6 @@ def uniform_matmul(
     if scaled:
         streams.append(decoder.lines(scale))
     factors = gpu_inputs.factors(x_scale, [None if scaled else scale[0]], out)
-    x = gpu_inputs.permute_columns(x)
     return gpu_decode.matmul(x, streams, [], decoder, out=out, config=config, factors=factors, dtype=dtype)
 
 
@@ -314,8 +314,9 @@ def level_matmul(
     row_scale = None if scale is None or scale.shape[1] > 1 else scale[:, 0]
     if scale is not None and row_scale is None:
         x = x.astype(jnp.float32) * scale.astype(jnp.float32)
-    x, x_scale = gpu_inputs.as_half(x)
+    x, x_scale = gpu_inputs.as_half(gpu_inputs.permute_columns(x))
     decoder = LevelDecoder(bits, words.shape[1], config.rows, _calls(bits, config), _WIDTH, out)
     factors = gpu_inputs.factors(x_scale, [row_scale, None if level_scale is None else level_scale[:, 0]], out)
-    x, streams = gpu_inputs.permute_columns(x), [decoder.stream(words)]
-    return gpu_decode.matmul(x, streams, [levels], decoder, out=out, config=config, factors=factors, dtype=dtype)
+    return gpu_decode.matmul(
+        x, [decoder.stream(words)], [levels], decoder, out=out, config=config, factors=factors, dtype=dtype
+    )

@@ -1,0 +1,345 @@
+"""Additive codes on a GPU for few tokens and small weights, by Pallas Mosaic GPU: entries are gathered, not products.
+
+Tables of partial products cost every block the products of all entries with its inputs, which a weight of a few hundred
+rows does not repay. Here a block holds the inputs and the codebooks in shared memory, and a thread multiplies the entries
+of four codes, a word of `layout.banked_words`, with their groups of inputs. All is float32 but the entries.
+
+What such a product takes is latency. So all that a block reads of global memory it asks for at once, and products of one
+input with several weights are one launch, whose blocks know from their index which weight they have.
+
+A warp has 8 outputs and the 4 words of a line of each; lines are dealt out to the warps of these outputs, whose sums are
+added up in a fixed order.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxquant.kernels import gpu_threads as t
+from jaxquant.kernels.codebook_matmul.layout import LANES, SET
+
+OUTPUTS = 8  # of a warp
+_WARP, _WARPGROUP = 32, 128
+_LINES = 12  # warps that have the same outputs, at most
+_TOKENS = 4  # that a block has, at most
+_PIECE = 16  # bytes that a thread reads at once
+_SHARED = 200 * 1024  # bytes, at most
+Weight = tuple[Any, Any, Any]  # words, codebooks and scale, see `gather_matmul`
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sizes of a product, and its division: what is the same for all weights of a launch.
+
+    Attributes:
+      tokens: rows of x.
+      chunk: tokens of a block.
+      columns: in.
+      dimension: d.
+      count: M, codebooks.
+      entries: K, of a codebook.
+      lines: of words, 4 per set.
+      turns: lines of a warp.
+      tiles: of 8 outputs, of a block.
+      scale: "rows", "columns" or None.
+      dtypes: of "x", "books", "scale" and "y".
+    """
+
+    tokens: int
+    chunk: int
+    columns: int
+    dimension: int
+    count: int
+    entries: int
+    lines: int
+    turns: int
+    tiles: int
+    scale: str | None
+    dtypes: tuple[tuple[str, Any], ...]
+
+    def dtype(self, name: str) -> Any:
+        """One of `dtypes`."""
+        return dict(self.dtypes)[name]
+
+    def size(self, name: str) -> int:
+        """Bytes of an element."""
+        return jnp.dtype(self.dtype(name)).itemsize
+
+    @property
+    def warps(self) -> int:
+        """Warps of a tile."""
+        return -(-self.lines // self.turns)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block, those of a last incomplete warpgroup included."""
+        return -(-_WARP * self.warps * self.tiles // _WARPGROUP) * _WARPGROUP
+
+    @property
+    def groups(self) -> int:
+        """Groups of inputs in a set."""
+        return SET // self.count
+
+    @property
+    def room(self) -> int:
+        """Groups of inputs in shared memory: as many as the lines of all warps ask for."""
+        return -(-self.turns * self.warps // 4) * self.groups
+
+    @property
+    def book_bytes(self) -> int:
+        """Bytes of all codebooks."""
+        return self.count * self.entries * self.dimension * self.size("books")
+
+    @property
+    def sums(self) -> int:
+        """Sums of a tile and token, one per warp and output."""
+        return self.warps * OUTPUTS
+
+    @property
+    def shared(self) -> tuple[int, int, int]:
+        """Numbers of float32 in shared memory: inputs, codebooks, and sums."""
+        return self.chunk * self.room * self.dimension, self.book_bytes // 4, self.tiles * self.chunk * self.sums
+
+    def blocks(self, out: int) -> int:
+        """Blocks along the outputs."""
+        return -(-out // (OUTPUTS * self.tiles))
+
+
+def make_plan(x: Any, weight: Weight, *, dimension: int, dtype: Any, tiles: int = 1) -> Plan:
+    """The plan for these arrays, of which shapes and dtypes suffice."""
+    words, codebooks, scale = weight
+    dtypes = {"x": x.dtype, "books": codebooks.dtype, "y": jnp.dtype(dtype)}
+    if scale is not None:
+        dtypes["scale"] = scale.dtype
+    return Plan(
+        tokens=len(x),
+        chunk=min(len(x), _TOKENS),
+        columns=x.shape[1],
+        dimension=dimension,
+        count=len(codebooks),
+        entries=codebooks.shape[1] // dimension,
+        lines=len(words),
+        turns=-(-len(words) // _LINES),
+        tiles=tiles,
+        scale=None if scale is None else "columns" if scale.shape[1] > 1 else "rows",
+        dtypes=tuple(dtypes.items()),
+    )
+
+
+def fits(plan: Plan) -> bool:
+    """Whether shared memory has room, and codebooks consist of the pieces that are copied."""
+    return plan.book_bytes % _PIECE == 0 and 4 * sum(plan.shared) <= _SHARED
+
+
+class ThreadProgram:
+    """The program of one thread.
+
+    Args:
+      plan: sizes.
+      place: index of the block among those of the weight, and of the chunk of tokens.
+      out: outputs of the weight.
+      addresses: of x [tokens, in], words [lines, out, 4], codebooks [M, K * d] and y [tokens, out], of the block's inputs,
+        codebooks and sums, and of the scale, if there is one.
+    """
+
+    def __init__(self, plan: Plan, place: tuple[t.Value, t.Value], out: t.Int, addresses: Sequence[t.Value]):
+        self.plan, self.out = plan, out
+        block, self.chunk = place
+        self.x, self.words, self.books, self.y, self.inputs, self.entries, self.sums, *scale = addresses
+        self.scale = scale[0] if scale else None
+        self.thread, lane = t.thread_index(), t.rem(t.thread_index(), _WARP)
+        self.tile, self.warp = t.div(t.warp_index(), plan.warps), t.rem(t.warp_index(), plan.warps)
+        self.local, self.word = t.rem(lane, OUTPUTS), t.div(lane, OUTPUTS)
+        self.first_output = t.mul(block, OUTPUTS * plan.tiles)
+        self.output = t.add(self.first_output, t.mul(self.tile, OUTPUTS), self.local)
+
+    def run(self) -> None:
+        """Everything."""
+        words = [self.load_word(turn) for turn in range(self.plan.turns)]
+        pieces, factor = [*self.load_books(), *self.load_inputs()], self.load_factor()
+        for inside, values, place in pieces:
+            with t.when(inside):
+                t.store_four(values, place)
+        t.block_barrier()
+        sums = [t.number(0.0)] * self.plan.chunk
+        for turn, word in enumerate(words):
+            sums = self.add_products(turn, word, sums)
+        self.store_sums(sums)
+        t.block_barrier()
+        self.finish(factor)
+
+    def line(self, turn: int) -> t.Value:
+        """The warp's line of a turn; there may be no such line."""
+        return t.add(self.warp, turn * self.plan.warps)
+
+    def load_word(self, turn: int) -> t.Value:
+        """A word of the thread's output, four codes; some other one where there is none."""
+        line, output = t.least(self.line(turn), self.plan.lines - 1), t.least(self.output, t.sub(self.out, 1))
+        place = t.mul(t.add(t.mul(line, self.out), output), 16)
+        return t.load_word(t.at(self.words, place, t.mul(self.word, 4)))
+
+    def dealt(self, count: int) -> list[tuple[t.Value, t.Value]]:
+        """The thread's numbers up to `count`, and whether they are below it; some other number where they are not."""
+        numbers = [t.add(self.thread, first) for first in range(0, count, self.plan.threads)]
+        return [(t.less(number, count), t.least(number, count - 1)) for number in numbers]
+
+    def load_books(self) -> list[tuple[t.Value, list[t.Value], t.Value]]:
+        """The thread's pieces of the codebooks: whether there is one, its words, and its place in shared memory."""
+        places = [(inside, t.mul(piece, _PIECE)) for inside, piece in self.dealt(self.plan.book_bytes // _PIECE)]
+        return [(inside, t.stream_words(t.at(self.books, p)), t.at(self.entries, p)) for inside, p in places]
+
+    def load_inputs(self) -> list[tuple[t.Value, list[t.Value], t.Value]]:
+        """The same of the inputs, scaled if columns are: float32 [token, d / 4, group, 4]; zeros beyond the last one."""
+        plan, quarters, pieces = self.plan, self.plan.dimension // 4, []
+        for token in range(plan.chunk):
+            row = t.least(t.add(t.mul(self.chunk, plan.chunk), token), plan.tokens - 1)
+            line = t.at(self.x, t.mul(row, plan.columns * plan.size("x")))
+            for inside, piece in self.dealt(plan.room * quarters):
+                there, own = t.less(piece, plan.columns // 4), t.least(piece, plan.columns // 4 - 1)
+                values = t.load(t.at(line, t.mul(own, 4 * plan.size("x"))), plan.dtype("x"), 4)
+                if plan.scale == "columns":
+                    place = t.mul(t.div(own, quarters), plan.size("scale"))
+                    (factor,) = t.load(t.at(self.scale, place), plan.dtype("scale"))
+                    values = [t.fmul(value, factor) for value in values]
+                values = [t.select(there, value, t.number(0.0)) for value in values]
+                group, quarter = t.div(piece, quarters), t.rem(piece, quarters)
+                place = t.mul(t.add(t.mul(quarter, plan.room), group), 16)
+                pieces.append((inside, values, t.at(self.inputs, place, 4 * token * plan.room * plan.dimension)))
+        return pieces
+
+    def result(self) -> tuple[t.Value, ...]:
+        """Tile, token and output within the tile of the sum that the thread writes in the end; there may be none."""
+        rest = t.div(self.thread, OUTPUTS)
+        return t.div(rest, self.plan.chunk), t.rem(rest, self.plan.chunk), t.rem(self.thread, OUTPUTS)
+
+    def load_factor(self) -> t.Value | None:
+        """The scale of that output."""
+        if self.plan.scale != "rows":
+            return None
+        tile, _, local = self.result()
+        output = t.least(t.add(self.first_output, t.mul(tile, OUTPUTS), local), t.sub(self.out, 1))
+        return t.load(t.at(self.scale, t.mul(output, self.plan.size("scale"))), self.plan.dtype("scale"))[0]
+
+    def add_products(self, turn: int, word: t.Value, sums: list[t.Value]) -> list[t.Value]:
+        """Adds the products of a word's entries with their groups, one sum per token."""
+        plan, line, sums = self.plan, self.line(turn), list(sums)
+        # The slot of the word's first code; those of the others differ from it in the lowest two bits.
+        step = t.add(t.mul(t.rem(line, 2), LANES // 2), t.mul(self.word, 4))
+        slot = t.add(t.mul(t.rem(t.div(line, 2), 2), LANES), t.xor(step, t.rem(self.output, LANES)))
+        book, group = t.div(slot, plan.groups), t.rem(slot, plan.groups)
+        group = t.add(t.mul(t.div(line, 4), plan.groups), group)
+        size = plan.dimension * plan.size("books")
+        entries = t.at(self.entries, t.mul(book, plan.entries * size))
+        for i in range(4):
+            values = self.load_entry(t.at(entries, t.mul(t.permute(word, 0, 0x4440 | i), size)))
+            inputs = t.at(self.inputs, t.mul(t.xor(group, i), 16))
+            for token in range(plan.chunk):
+                for quarter in range(plan.dimension // 4):
+                    place = 16 * plan.room * (token * plan.dimension // 4 + quarter)
+                    own = values[4 * quarter : 4 * quarter + 4]
+                    for x, value in zip(t.load(t.at(inputs, place), jnp.float32, 4), own, strict=True):
+                        sums[token] = t.fma(x, value, sums[token])
+        return sums
+
+    def load_entry(self, address: t.Value) -> list[t.Value]:
+        """The d values of an entry."""
+        some = min(self.plan.dimension, _PIECE // self.plan.size("books"))
+        places = range(0, self.plan.dimension * self.plan.size("books"), some * self.plan.size("books"))
+        return [value for place in places for value in t.load(t.at(address, place), self.plan.dtype("books"), some)]
+
+    def store_sums(self, sums: list[t.Value]) -> None:
+        """Adds up the sums of the four threads of an output and puts them into shared memory, [tile, token, warp, output]."""
+        plan = self.plan
+        first = t.add(t.mul(self.tile, plan.chunk * plan.sums), t.mul(self.warp, OUTPUTS), self.local)
+        mine = t.less(self.word, 1)
+        if plan.threads > _WARP * plan.warps * plan.tiles:
+            mine = t.both(mine, t.less(self.tile, plan.tiles))
+        for token, value in enumerate(sums):
+            for distance in (OUTPUTS, 2 * OUTPUTS):
+                value = t.fadd(value, t.shuffle(value, distance))
+            with t.when(mine):
+                t.store(value, t.at(self.sums, t.mul(first, 4), 4 * token * plan.sums))
+
+    def finish(self, factor: t.Value | None) -> None:
+        """Adds up the sums of the warps, scales and writes them."""
+        plan, (tile, token, local) = self.plan, self.result()
+        output = t.add(self.first_output, t.mul(tile, OUTPUTS), local)
+        row = t.add(t.mul(self.chunk, plan.chunk), token)
+        inside = t.both(t.less(output, self.out), t.less(row, plan.tokens))
+        with t.when(t.both(inside, t.less(self.thread, plan.tiles * plan.chunk * OUTPUTS))):
+            first = t.add(t.mul(t.div(self.thread, OUTPUTS), plan.sums), local)
+            sums = t.at(self.sums, t.mul(first, 4))
+            values = [t.load(t.at(sums, 4 * OUTPUTS * w), jnp.float32)[0] for w in range(plan.warps)]
+            while len(values) > 1:  # pairs, lest every addition waits for the one before
+                values = [t.fadd(*pair) if len(pair) > 1 else pair[0] for pair in zip_pairs(values)]
+            value = values[0] if factor is None else t.fmul(values[0], factor)
+            place = t.at(self.y, t.mul(t.add(t.mul(row, self.out), output), plan.size("y")))
+            t.store(value, place, plan.dtype("y"))
+
+
+def zip_pairs(values: Sequence[Any]) -> list[Sequence[Any]]:
+    """Consecutive pairs; the last one may be single."""
+    return [values[i : i + 2] for i in range(0, len(values), 2)]
+
+
+def _kernel(*refs, plan: Plan, outs: Sequence[int]):
+    place = [lax.axis_index(name) for name in ("block", "chunk")]
+    plgpu.griddepcontrol_launch_dependents()
+    plgpu.griddepcontrol_wait()
+    scalar = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(arg_types=(scalar,) * 2 + (plgpu.RefType(),) * len(refs))
+    def thread(_, block, chunk, *refs):
+        block, chunk = (i.registers.item() for i in (block, chunk))
+        x, *given = map(t.pointer, refs)
+        given, results, shared = given[: -3 - len(outs)], given[-3 - len(outs) : -3], given[-3:]
+        parts = len(given) // len(outs)
+        first, chosen = 0, None
+        for i, (out, y) in enumerate(zip(outs, results, strict=True)):
+            words, books, *scale = given[parts * i : parts * (i + 1)]
+            new = [t.sub(block, first), t.add(out), words, books, y, *scale]
+            others = chosen or new
+            chosen = [a if a is b else t.select(t.less(block, first), b, a) for a, b in zip(new, others, strict=True)]
+            first += plan.blocks(out)
+        own, out, words, books, y, *scale = chosen
+        ThreadProgram(plan, (own, chunk), out, (x, words, books, y, *shared, *scale)).run()
+
+    thread(*place, *refs)
+
+
+def gather_matmul(
+    x: jax.Array, weights: Sequence[Weight], *, dimension: int, dtype: Any = jnp.float32, tiles: int = 1
+) -> list[jax.Array]:
+    """Returns x @ W.T for several weights, each [tokens, out] of `dtype`; sums are always in the same order.
+
+    Args:
+      x: float [tokens, in]; the time grows with the tokens.
+      weights: of each, words uint32 [4 * sets, out, 4], see `layout.banked_words`; codebooks float [M, K * d], M of 1, 2, 4
+        or 8; scale float [out or 1, 1] or [1, in / d], or None. Their plans are equal, and `fits` them.
+      dimension: d, 4, 8 or 16.
+      dtype: of the results.
+      tiles: of 8 outputs of a block.
+    """
+    plan, *others = (make_plan(x, weight, dimension=dimension, dtype=dtype, tiles=tiles) for weight in weights)
+    assert all(plan == other for other in others)
+    outs, arrays = [words.shape[1] for words, _, _ in weights], []
+    for (words, books, scale), out in zip(weights, outs, strict=True):
+        scale = jnp.broadcast_to(scale, (out, 1)) if scale is not None and scale.size == 1 else scale
+        arrays += [words, books] if scale is None else [words, books, scale.reshape(-1)]
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, plan=plan, outs=outs),
+        out_type=[jax.ShapeDtypeStruct((plan.tokens, out), dtype) for out in outs],
+        grid=(sum(map(plan.blocks, outs)), -(-plan.tokens // plan.chunk)),
+        grid_names=("block", "chunk"),
+        num_threads=plan.threads // _WARPGROUP,
+        thread_name="warpgroup",
+        scratch_types=[plgpu.SMEM((size,), jnp.float32) for size in plan.shared],
+        kernel_name="gather_matmul",
+    )
+    return kernel(x, *arrays)
