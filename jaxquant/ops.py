@@ -16,6 +16,7 @@ import numpy as np
 from jaxquant.codebook_tensor import ColumnTensor
 from jaxquant.kernels.codebook_matmul import api as codebook_api
 from jaxquant.kernels.uniform_matmul import api as uniform_api
+from jaxquant.norm import RMSNorm
 from jaxquant.outliers import ColumnOutlierTensor
 from jaxquant.serving import (
     BankedTensor,
@@ -65,9 +66,16 @@ def matmul(
 
 
 def matmul_each(
-    x: jax.Array, weights: Sequence[jax.Array | QuantizedTensor], implementation: Implementation | None = None
+    x: jax.Array,
+    weights: Sequence[jax.Array | QuantizedTensor],
+    implementation: Implementation | None = None,
+    *,
+    norm: RMSNorm | None = None,
 ) -> list[jax.Array]:
-    """Returns [x @ weight.T for each weight], see `matmul`; one launch where a kernel can do several."""
+    """Returns [x @ weight.T for each weight], see `matmul`, in one launch where a kernel can do several.
+
+    If a norm is given, x is normalised first: by the kernel, in float32 throughout, where it can.
+    """
     for weight in weights:
         if x.shape[-1] != weight.shape[-1]:
             raise ValueError(f"matmul: expected x [..., {weight.shape[-1]}] for a weight {weight.shape}, got {x.shape}")
@@ -76,12 +84,16 @@ def matmul_each(
     for weight, name in zip(weights, names, strict=True):
         if reason := supports(weight, name, tokens=tokens):
             raise ValueError(f'matmul: implementation "{name}": {reason}')
-    if all(name != "reference" and isinstance(w, QuantizedTensor) for w, name in zip(weights, names, strict=True)):
-        (name,) = set(names)
-        return list(_by_kernel(x, tuple(weights), name))
-    if len(weights) > 1:
-        return [matmul_each(x, (weight,), implementation)[0] for weight in weights]
-    return [_reference(x, weights[0])]
+    by_kernel = [
+        name != "reference" and isinstance(weight, QuantizedTensor) for weight, name in zip(weights, names, strict=True)
+    ]
+    if all(by_kernel):
+        return list(_by_kernel(x, tuple(weights), norm, names[0]))
+    x = x if norm is None else norm(x)
+    return [
+        _by_kernel(x, (weight,), None, name)[0] if kernel else _reference(x, weight)
+        for weight, name, kernel in zip(weights, names, by_kernel, strict=True)
+    ]
 
 
 def supports(weight: Any, implementation: str, *, tokens: int = 1) -> str | None:
@@ -166,30 +178,46 @@ def _reference(x: jax.Array, weight: Any) -> jax.Array:
     return jnp.einsum("...i,oi->...o", x, dense(weight).astype(x.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _by_kernel(x: jax.Array, weights: tuple[Any, ...], implementation: str) -> tuple[jax.Array, ...]:
-    results = _products(x.reshape(-1, x.shape[-1]), weights, implementation, x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _by_kernel(
+    x: jax.Array, weights: tuple[Any, ...], norm: RMSNorm | None, implementation: str
+) -> tuple[jax.Array, ...]:
+    results = _products(x.reshape(-1, x.shape[-1]), weights, norm, implementation, x.dtype)
     return tuple(y.astype(x.dtype).reshape(*x.shape[:-1], y.shape[-1]) for y in results)
 
 
-def _by_kernel_forward(x: jax.Array, weights: tuple[Any, ...], implementation: str) -> tuple[Any, Any]:
-    return _by_kernel(x, weights, implementation), (x, weights)
+def _by_kernel_forward(
+    x: jax.Array, weights: tuple[Any, ...], norm: RMSNorm | None, implementation: str
+) -> tuple[Any, Any]:
+    return _by_kernel(x, weights, norm, implementation), (x, weights, norm)
 
 
 def _by_kernel_backward(implementation: str, saved: Any, gradients: tuple[jax.Array, ...]) -> tuple[Any, ...]:
     del implementation
-    return jax.vjp(lambda x, weights: tuple(_reference(x, weight) for weight in weights), *saved)[1](gradients)
+
+    def reference(x: jax.Array, weights: tuple[Any, ...], norm: RMSNorm | None) -> tuple[jax.Array, ...]:
+        x = x if norm is None else norm(x)
+        return tuple(_reference(x, weight) for weight in weights)
+
+    return jax.vjp(reference, *saved)[1](gradients)
 
 
 _by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
 
 
-def _products(x: jax.Array, weights: tuple[Any, ...], implementation: str, dtype: Any) -> list[jax.Array]:
-    """Returns [_product(...) for each weight]."""
-    banked = implementation == "gpu" and all(isinstance(weight, BankedTensor) for weight in weights)
-    if banked and len({weight.dimension for weight in weights}) == 1:
-        arrays = [(weight.words, dense(weight.codebooks), weight.scale) for weight in weights]
-        return codebook_api.banked_matmuls(x, arrays, dimension=weights[0].dimension, dtype=dtype)
+def _products(
+    x: jax.Array, weights: tuple[Any, ...], norm: RMSNorm | None, implementation: str, dtype: Any
+) -> list[jax.Array]:
+    """Returns [_product(...) for each weight] of x, normalised if a norm is given."""
+    banked = [weight for weight in weights if isinstance(weight, BankedTensor)]
+    if implementation == "gpu" and len(banked) == len(weights) and len({weight.dimension for weight in banked}) == 1:
+        arrays = [(weight.words, dense(weight.codebooks), weight.scale) for weight in banked]
+        settings: dict[str, Any] = {"dimension": banked[0].dimension, "dtype": dtype}
+        if norm is not None and not codebook_api.normalises(x, arrays, norm.weight, **settings):
+            x, norm = norm(x), None
+        given = (None, None) if norm is None else (norm.weight, (norm.eps, norm.offset))
+        return codebook_api.banked_matmuls(x, arrays, *given, **settings)
+    x = x if norm is None else norm(x)
     return [_product(x, weight, implementation, dtype) for weight in weights]
 
 
@@ -244,7 +272,7 @@ def _leaf(x: jax.Array, weight: Any, implementation: str, dtype: Any) -> jax.Arr
     if isinstance(weight, CodebookTensor) and implementation == "gpu":
         weight = banked_tensor(weight)
     if isinstance(weight, BankedTensor):
-        (y,) = _products(x, (weight,), implementation, dtype)
+        (y,) = _products(x, (weight,), None, implementation, dtype)
         return y
     if isinstance(weight, UniformTensor):
         weight = word_tensor(weight)

@@ -128,6 +128,11 @@ def fma(a: Value, b: Value, c: Value) -> Value:
     return _ptx("fma.rn.f32 $0, $1, $2, $3;", (a, b, c), [ir.F32Type.get()], pure=True)[0]
 
 
+def rsqrt(x: Value) -> Value:
+    """One over the square root of a float32, to 2 units in the last place."""
+    return _ptx("rsqrt.approx.f32 $0, $1;", (x,), [ir.F32Type.get()], pure=True)[0]
+
+
 def select(condition: Value, a: Value, b: Value) -> Value:
     """`a` where the condition holds, else `b`."""
     return arith.select(condition, a, b)

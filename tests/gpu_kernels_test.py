@@ -17,6 +17,7 @@ from jaxquant import CodebookTensor, matmul
 from jaxquant.kernels.codebook_matmul import gpu, gpu_gather, gpu_plan, layout
 from jaxquant.kernels.codebook_matmul.gpu_plan import BlockConfig, block_config
 from jaxquant.kernels.codebook_matmul.layout import SET
+from jaxquant.norm import RMSNorm
 from jaxquant.ops import choose, matmul_each, supports
 from jaxquant.serving import BankedTensor, banked_tensor, for_serving, from_serving
 from tests.gpu_model import Model
@@ -72,38 +73,54 @@ def test_the_program_of_threads(name, monkeypatch):
     assert most == 1
 
 
-def gathered(x, weight, tiles, monkeypatch):
+def gathered(x, weight, monkeypatch, norm=None):
     """The result of the gathering kernel, by `tests.gpu_model`."""
     arrays = [None if part is None else np.asarray(part) for part in (weight.words, weight.codebooks, weight.scale)]
-    plan = gpu_gather.make_plan(x, arrays, dimension=weight.dimension, dtype=np.float32, tiles=tiles)
+    plan = gpu_gather.make_plan(x, [arrays], norm, dimension=weight.dimension, dtype=np.float32)
     y = np.full((len(x), weight.shape[0]), np.nan, np.float32)
     for block, chunk in np.ndindex(plan.blocks(weight.shape[0]), -(-len(x) // plan.chunk)):
         model = Model(1, plan.threads)
         model.patch(monkeypatch)
         addresses = [*map(model.global_, (x, *arrays[:2], y)), *(model.shared(4 * size) for size in plan.shared)]
-        addresses += [] if arrays[2] is None else [model.global_(arrays[2].reshape(-1))]
+        scale = None if arrays[2] is None else model.global_(arrays[2].reshape(-1))
+        norm_weight = None if norm is None else model.global_(norm[0])
         place = np.full(model.count, block), np.full(model.count, chunk)
-        gpu_gather.ThreadProgram(plan, place, weight.shape[0], addresses).run()
+        gpu_gather.ThreadProgram(plan, place, weight.shape[0], addresses, scale, norm_weight).run()
     return y
 
 
 GATHERED = {
-    "2x8": (additive(100, 576), 1, 1),
-    "two lines of a warp, two tiles": (additive(100, 1536), 1, 2),
-    "lines and tokens that are not there": (additive(40, 1100), 6, 1),
-    "1x8, vectors of 16, no scale": (additive(40, 1600, 1, d=16, scaled=False), 2, 1),
-    "4x8, vectors of 4": (additive(40, 200, 4, d=4), 1, 1),
-    "8x8, 16 entries": (additive(40, 64, 8, size=16), 1, 3),
+    "2x8": (additive(100, 576), 1),
+    "two tiles, lines that are not there": (additive(1200, 1100), 1),
+    "tokens that are not there": (additive(40, 576), 6),
+    "1x8, vectors of 16, no scale": (additive(40, 1600, 1, d=16, scaled=False), 2),
+    "4x8, vectors of 4": (additive(40, 200, 4, d=4), 1),
+    "8x8, 16 entries": (additive(40, 64, 8, size=16), 1),
 }
 
 
 @pytest.mark.parametrize("name", GATHERED)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_the_program_of_gathering_threads(name, dtype, monkeypatch):
-    weight, tokens, tiles = GATHERED[name]
+    weight, tokens = GATHERED[name]
     x = np.random.default_rng(0).standard_normal((tokens, weight.shape[1])).astype(dtype)
-    y = gathered(x, banked_tensor(weight), tiles, monkeypatch)
+    y = gathered(x, banked_tensor(weight), monkeypatch)
     assert relative(y, x.astype(np.float64) @ np.asarray(dequantize(weight), np.float64).T) < 1e-6
+
+
+def normalised(x, weight, eps, offset):
+    x = np.asarray(x, np.float64)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * (np.asarray(weight, np.float64) + offset)
+
+
+@pytest.mark.parametrize(("weight", "tokens"), [(additive(40, 1100), 3), (additive(40, 64, scaled=False), 1)])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_the_gathering_kernel_normalises(weight, tokens, offset, monkeypatch):
+    rng = np.random.default_rng(0)
+    x = 3 * rng.standard_normal((tokens, weight.shape[1])).astype(np.float32)
+    norm = rng.standard_normal(weight.shape[1]).astype(np.float32)
+    y = gathered(x, banked_tensor(weight), monkeypatch, (norm, (0.5, offset)))
+    assert relative(y, normalised(x, norm, 0.5, offset) @ np.asarray(dequantize(weight), np.float64).T) < 1e-6
 
 
 def test_scales_of_columns_and_half_precision(monkeypatch):
@@ -114,7 +131,7 @@ def test_scales_of_columns_and_half_precision(monkeypatch):
     expected = x.astype(np.float64) @ np.asarray(dequantize(weight), np.float64).T
     y, _ = modelled(x, banked_tensor(weight), BlockConfig(1, 1, 2, 1, 64), monkeypatch)
     assert relative(y, expected) < 2e-6
-    assert relative(gathered(x, banked_tensor(weight), 1, monkeypatch), expected) < 2e-6
+    assert relative(gathered(x, banked_tensor(weight), monkeypatch), expected) < 2e-6
 
 
 @settings(max_examples=50)
@@ -228,10 +245,14 @@ def test_weights_with_one_input_are_one_launch():
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_several_weights_on_a_gpu(tokens):
     weights = [additive(n, 576) for n in (576, 192, 40)]
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((tokens, 576)), jnp.float32)
-    results = jax.jit(lambda x, weights: matmul_each(x, weights, "gpu"))(x, for_serving(weights, "gpu"))
-    for y, weight in zip(results, weights, strict=True):
-        assert relative(y, np.asarray(x, np.float64) @ np.asarray(dequantize(weight), np.float64).T) < 2e-6
+    rng = np.random.default_rng(0)
+    x, norm = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((tokens, 576), (576,)))
+    served = for_serving(weights, "gpu")
+    for own, inputs in ((None, x), (RMSNorm(norm, 0.5), normalised(x, norm, 0.5, 0.0))):
+        product = jax.jit(functools.partial(matmul_each, implementation="gpu", norm=own))
+        for y, weight in zip(product(x, served), weights, strict=True):
+            expected = np.asarray(inputs, np.float64) @ np.asarray(dequantize(weight), np.float64).T
+            assert relative(y, expected) < 2e-6
 
 
 REFUSALS = [

@@ -73,6 +73,7 @@ class Model:
     fadd = staticmethod(lambda a, b: a + b)
     fmul = staticmethod(lambda a, b: a * b)
     fma = staticmethod(lambda a, b, c: a * b + c)
+    rsqrt = staticmethod(lambda x: 1 / np.sqrt(x))
     select = staticmethod(np.where)
 
     def split(self, x):

@@ -1,5 +1,7 @@
 """Products with quantized weights: every type and implementation against float64, gradients, and refusals."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 
 from jaxquant import ConcatTensor, UniformTensor, matmul, pack
 from jaxquant.codebook_tensor import ColumnTensor, log_scale
-from jaxquant.ops import supports
+from jaxquant.norm import RMSNorm
+from jaxquant.ops import matmul_each, supports
 from jaxquant.outliers import ColumnOutlierTensor
 from jaxquant.serving import for_serving
 from jaxquant.tensors import pack_order, with_outliers
@@ -156,3 +159,28 @@ def test_an_explicit_implementation_never_falls_back(name):
 def test_inner_sizes():
     with pytest.raises(ValueError, match=r"expected x \[..., 32\] for a weight \(24, 32\), got \(2, 31\)"):
         matmul(jnp.ones((2, 31)), additive())
+
+
+@pytest.mark.parametrize("implementation", [None, "reference", "cpu"])
+def test_several_products_of_one_normalised_input(implementation):
+    rng = np.random.default_rng(0)
+    weights = [for_serving(additive(n, 64), "cpu") for n in (24, 40)]
+    x, weight = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((3, 64), (64,)))
+    norm = RMSNorm(weight, 0.5, 1.0)
+
+    def together(x, weight):
+        given = dataclasses.replace(norm, weight=weight)
+        return matmul_each(x, weights, implementation, norm=given)
+
+    def apart(x, weight):
+        y = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 0.5) * (weight + 1)[None, :]
+        return [y @ w.dequantize().T for w in weights]
+
+    results, transposed = jax.vjp(together, x, weight)
+    expected, expected_transposed = jax.vjp(apart, x, weight)
+    for a, b in zip(
+        jax.tree.leaves((results, transposed(results))),
+        jax.tree.leaves((expected, expected_transposed(expected))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

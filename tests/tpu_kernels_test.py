@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import table_bytes
 from jaxquant import matmul
 from jaxquant.kernels.codebook_matmul import layout, tpu
 from jaxquant.ops import supports
@@ -97,6 +98,17 @@ def test_one_byte_is_coarse_and_asked_for():
     )
     assert BOUND < relative(one, expected) < 4e-2
     assert relative(two, expected) < 2e-4
+
+
+@pytest.mark.parametrize("num_bytes", [1, 2])
+def test_the_experiment_on_rounded_tables_computes_what_the_kernel_does(num_bytes):
+    weight = additive(130, 64)
+    slots = layout.to_slots(weight.codes.unpack())
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 64)), jnp.float32)
+    arguments = x, slots, weight.codebooks, weight.scale
+    settings = {"blocks": (1, 1), "dimension": 8, "out": 130, "num_bytes": num_bytes}
+    y = table_bytes.rounded_sums(*arguments, **settings, implementation="tpu")
+    np.testing.assert_allclose(y, tpu.lookup_matmul(*arguments, **settings), rtol=1e-4, atol=1e-5)
 
 
 def test_inputs_of_zero_give_zero():

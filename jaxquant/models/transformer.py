@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxquant import ops
 from jaxquant.models.base import GROUPS, Model, ModelConfig
+from jaxquant.norm import RMSNorm
 
 MAX_SCORES = 2**26  # attention scores held at once, in elements (256 MiB in f32)
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
@@ -52,23 +53,23 @@ def linear(layer: Any, x: jax.Array) -> jax.Array:
     return linears([layer], x)[0]
 
 
-def linears(layers: Sequence[Any], x: jax.Array) -> list[jax.Array]:
-    """`linear` of one x with several layers."""
-    results = ops.matmul_each(x, [layer["weight"] for layer in layers])
+def linears(layers: Sequence[Any], x: jax.Array, norm: RMSNorm | None = None) -> list[jax.Array]:
+    """`linear` of one x, normalised first if a norm is given, with several layers."""
+    results = ops.matmul_each(x, [layer["weight"] for layer in layers], norm=norm)
     return [
         y + jnp.broadcast_to(layer["bias"].astype(y.dtype), y.shape) if "bias" in layer else y
         for layer, y in zip(layers, results, strict=True)
     ]
 
 
+def make_norm(config: ModelConfig, norm: Any) -> RMSNorm:
+    """The norm with parameters {"weight" [size]}."""
+    return RMSNorm(norm["weight"], config.norm_eps, config.norm_offset)
+
+
 def rms_norm(config: ModelConfig, norm: Any, x: jax.Array) -> jax.Array:
-    """RMS norm: x / rms(x) * (weight + offset) over the last axis, in f32, returned in the dtype of x."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.norm_eps)
-    weight = jnp.broadcast_to(norm["weight"], x.shape)
-    if config.norm_offset:  # Gemma multiplies before the cast, Llama after it
-        return (y * (weight.astype(jnp.float32) + config.norm_offset)).astype(x.dtype)
-    return weight.astype(x.dtype) * y.astype(x.dtype)
+    """RMS norm over the last axis, see `RMSNorm`."""
+    return make_norm(config, norm)(x)
 
 
 def rotate(config: ModelConfig, x: jax.Array, kind: str, start: jax.Array | None = None) -> jax.Array:
@@ -136,10 +137,20 @@ def attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, kind: 
     return jax.lax.map(jax.checkpoint(lambda qkv: one(*qkv)), (q, k, v), batch_size=rows)
 
 
-def project(config: ModelConfig, attn: Any, x: jax.Array, kind: str, start: jax.Array | None = None) -> Any:
-    """Rotated queries and keys, and values, each [batch, time, heads, head_dim], of x [batch, time, hidden_size]."""
+def project(
+    config: ModelConfig,
+    attn: Any,
+    x: jax.Array,
+    kind: str,
+    start: jax.Array | None = None,
+    norm: RMSNorm | None = None,
+) -> Any:
+    """Rotated queries and keys, and values, each [batch, time, heads, head_dim], of x [batch, time, hidden_size].
+
+    If a norm is given, x is normalised first.
+    """
     shape = (*x.shape[:2], -1, config.head_dim)
-    q, k, v = (y.reshape(shape) for y in linears([attn[name] for name in ("q", "k", "v")], x))
+    q, k, v = (y.reshape(shape) for y in linears([attn[name] for name in ("q", "k", "v")], x, norm))
     if config.qk_norm:
         q, k = rms_norm(config, attn["q_norm"], q), rms_norm(config, attn["k_norm"], k)
     return rotate(config, q, kind, start), rotate(config, k, kind, start), v
@@ -168,9 +179,9 @@ def add_attention(config: ModelConfig, block: Any, hidden: jax.Array, mixed: jax
     return hidden + (rms_norm(config, block["post_attn_norm"], out) if config.post_norms else out)
 
 
-def gated(config: ModelConfig, mlp: Any, x: jax.Array) -> jax.Array:
-    """Input of the down projection [batch, time, intermediate_size] from x [batch, time, hidden_size]."""
-    gate, up = linears([mlp["gate"], mlp["up"]], x)
+def gated(config: ModelConfig, mlp: Any, x: jax.Array, norm: RMSNorm | None = None) -> jax.Array:
+    """Input of the down projection [batch, time, intermediate_size] from x [batch, time, hidden_size], see `project`."""
+    gate, up = linears([mlp["gate"], mlp["up"]], x, norm)
     return ACTIVATIONS[config.activation](gate) * up
 
 
@@ -182,7 +193,7 @@ def transformer_block(config: ModelConfig, block: Any, hidden: jax.Array, kind: 
 
 def add_mlp(config: ModelConfig, block: Any, hidden: jax.Array) -> jax.Array:
     """The residual stream after the MLP."""
-    out = linear(block["mlp"]["down"], gated(config, block["mlp"], rms_norm(config, block["mlp_norm"], hidden)))
+    out = linear(block["mlp"]["down"], gated(config, block["mlp"], hidden, make_norm(config, block["mlp_norm"])))
     return hidden + (rms_norm(config, block["post_mlp_norm"], out) if config.post_norms else out)
 
 
@@ -202,7 +213,7 @@ def cached_block(
     Returns:
       hidden after the block, and the cache with the keys and values of these tokens.
     """
-    q, k, v = project(config, block["attn"], rms_norm(config, block["attn_norm"], hidden), kind, start)
+    q, k, v = project(config, block["attn"], hidden, kind, start, make_norm(config, block["attn_norm"]))
     at = (0, start, 0, 0)
     cache = {name: jax.lax.dynamic_update_slice(cache[name], x, at) for name, x in (("k", k), ("v", v))}
     mixed = attend_cached(config, q, cache, kind, start).reshape(*hidden.shape[:2], -1)

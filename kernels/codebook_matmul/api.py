@@ -115,30 +115,52 @@ def codebook_matmul(
     return product(x, slots, codebooks, scale, **settings)
 
 
-@functools.partial(jax.jit, static_argnames=("dimension", "dtype"))  # layers of one shape are lowered once
+Weight = tuple[jax.Array, jax.Array, jax.Array | None]  # words, codebooks and scale of a product on a GPU
+
+
+def _gather_plan(x: Any, weights: Sequence[Weight], norm: Any, dimension: int, dtype: Any) -> Any:
+    """The plan of `gpu_gather` for products with few tokens and small weights that it can do together, otherwise None."""
+    from jaxquant.kernels.codebook_matmul import gpu_gather
+
+    if len(x) > GPU_TOKENS or any(x.shape[1] * words.shape[1] > GATHER_SIZE for words, _, _ in weights):
+        return None
+    return gpu_gather.make_plan(x, weights, norm, dimension=dimension, dtype=dtype)
+
+
+def normalises(x: Any, weights: Sequence[Weight], norm_weight: Any, *, dimension: int, dtype: Any) -> bool:
+    """Whether `banked_matmuls` can normalise these inputs."""
+    return _gather_plan(x, weights, (norm_weight, (0.0, 0.0)), dimension, dtype) is not None
+
+
+@functools.partial(jax.jit, static_argnames=("norm", "dimension", "dtype"))  # layers of one shape are lowered once
 def banked_matmuls(
-    x: jax.Array, weights: Sequence[tuple[jax.Array, jax.Array, jax.Array | None]], *, dimension: int, dtype: jnp.dtype
+    x: jax.Array,
+    weights: Sequence[Weight],
+    norm_weight: jax.Array | None = None,
+    norm: tuple[float, float] | None = None,
+    *,
+    dimension: int,
+    dtype: jnp.dtype,
 ) -> list[jax.Array]:
     """Returns x @ W.T by the GPU kernels for several weights, each [tokens, out] of `dtype`.
 
     Args:
       x: float [tokens, in].
-      weights: of each, words, codebooks and scale, see `gpu.lookup_matmul`, `gpu_batch.decode_matmul` and `gpu_gather`.
+      weights: see `gpu.lookup_matmul`, `gpu_batch.decode_matmul` and `gpu_gather.gather_matmul`.
+      norm_weight: float [in] of a norm of the inputs, or None; only if `normalises`.
+      norm: (eps, offset) of the norm, or None.
       dimension: d.
       dtype: of the results.
     """
     from jaxquant.kernels.codebook_matmul import gpu, gpu_batch, gpu_gather
 
-    if len(x) > GPU_TOKENS:
-        return [gpu_batch.decode_matmul(x, *weight, dtype=dtype) for weight in weights]
     settings: dict[str, Any] = {"dimension": dimension, "dtype": dtype}
-    plans = [gpu_gather.make_plan(x, weight, **settings) for weight in weights]
-    small = [
-        x.shape[1] * words.shape[1] <= GATHER_SIZE and gpu_gather.fits(plan)
-        for (words, _, _), plan in zip(weights, plans, strict=True)
-    ]
-    if all(small) and len(set(plans)) == 1:
-        return gpu_gather.gather_matmul(x, weights, **settings)
-    if any(small) and len(weights) > 1:
+    plan = _gather_plan(x, weights, None if norm is None else (norm_weight, norm), **settings)
+    if plan is not None:
+        return gpu_gather.gather_matmul(plan, x, weights, norm_weight)
+    assert norm is None
+    if len(weights) > 1:
         return [banked_matmuls(x, [weight], **settings)[0] for weight in weights]
-    return [gpu.lookup_matmul(x, *weight, **settings) for weight in weights]
+    if len(x) > GPU_TOKENS:
+        return [gpu_batch.decode_matmul(x, *weights[0], dtype=dtype)]
+    return [gpu.lookup_matmul(x, *weights[0], **settings)]

@@ -4,8 +4,9 @@ Tables of partial products cost every block the products of all entries with its
 rows does not repay. Here a block holds the inputs and the codebooks in shared memory, and a thread multiplies the entries
 of four codes, a word of `layout.banked_words`, with their groups of inputs. All is float32 but the entries.
 
-What such a product takes is latency. So all that a block reads of global memory it asks for at once, and products of one
-input with several weights are one launch, whose blocks know from their index which weight they have.
+What such a product takes is latency. So all that a block reads of global memory it asks for at once, there are no more
+blocks than multiprocessors, and products of one input with several weights are one launch, whose blocks know from their
+index which weight they have. A norm of the input is a scale of its columns, and one of the result that is known in time.
 
 A warp has 8 outputs and the 4 words of a line of each; lines are dealt out to the warps of these outputs, whose sums are
 added up in a fixed order.
@@ -26,7 +27,8 @@ from jaxquant.kernels.codebook_matmul.layout import LANES, SET
 
 OUTPUTS = 8  # of a warp
 _WARP, _WARPGROUP = 32, 128
-_LINES = 12  # warps that have the same outputs, at most
+_WARPS, _TILES = 32, 8  # of a block, at most
+_BLOCKS = 132  # that run at once
 _TOKENS = 4  # that a block has, at most
 _PIECE = 16  # bytes that a thread reads at once
 _SHARED = 200 * 1024  # bytes, at most
@@ -48,7 +50,8 @@ class Plan:
       turns: lines of a warp.
       tiles: of 8 outputs, of a block.
       scale: "rows", "columns" or None.
-      dtypes: of "x", "books", "scale" and "y".
+      norm: of the inputs, (eps, offset): x / sqrt(mean(x^2) + eps) * (weight + offset); or None.
+      dtypes: of "x", "books", "scale", "norm" and "y".
     """
 
     tokens: int
@@ -61,6 +64,7 @@ class Plan:
     turns: int
     tiles: int
     scale: str | None
+    norm: tuple[float, float] | None
     dtypes: tuple[tuple[str, Any], ...]
 
     def dtype(self, name: str) -> Any:
@@ -103,38 +107,56 @@ class Plan:
 
     @property
     def shared(self) -> tuple[int, int, int]:
-        """Numbers of float32 in shared memory: inputs, codebooks, and sums."""
-        return self.chunk * self.room * self.dimension, self.book_bytes // 4, self.tiles * self.chunk * self.sums
+        """Numbers of float32 in shared memory: inputs, codebooks, and sums, those of squares of a token and warp last."""
+        sums = self.tiles * self.chunk * self.sums
+        return self.chunk * self.room * self.dimension, self.book_bytes // 4, sums + self.chunk * self.threads // _WARP
 
     def blocks(self, out: int) -> int:
         """Blocks along the outputs."""
         return -(-out // (OUTPUTS * self.tiles))
 
 
-def make_plan(x: Any, weight: Weight, *, dimension: int, dtype: Any, tiles: int = 1) -> Plan:
-    """The plan for these arrays, of which shapes and dtypes suffice."""
-    words, codebooks, scale = weight
-    dtypes = {"x": x.dtype, "books": codebooks.dtype, "y": jnp.dtype(dtype)}
+def make_plan(
+    x: Any,
+    weights: Sequence[Weight],
+    norm: tuple[Any, tuple[float, float]] | None = None,
+    *,
+    dimension: int,
+    dtype: Any,
+) -> Plan | None:
+    """The plan for these arrays, of which shapes and dtypes suffice; None if the kernel does not take them together.
+
+    It does if all but the outputs are alike, shared memory has room, and codebooks consist of the pieces that are copied.
+    """
+    kinds = {
+        (words.shape[0], books.shape, books.dtype, None if scale is None else (scale.shape[1] > 1, scale.dtype))
+        for words, books, scale in weights
+    }
+    if len(kinds) > 1:
+        return None
+    ((lines, (count, columns), book_dtype, scale),) = kinds
+    tiles = min(_TILES, -(-sum(-(-words.shape[1] // OUTPUTS) for words, _, _ in weights) // _BLOCKS))
+    turns = -(-lines // (_WARPS // tiles))
+    dtypes = {"x": x.dtype, "books": book_dtype, "y": jnp.dtype(dtype)}
     if scale is not None:
-        dtypes["scale"] = scale.dtype
-    return Plan(
+        dtypes["scale"] = scale[1]
+    if norm is not None:
+        dtypes["norm"] = norm[0].dtype
+    plan = Plan(
         tokens=len(x),
         chunk=min(len(x), _TOKENS),
         columns=x.shape[1],
         dimension=dimension,
-        count=len(codebooks),
-        entries=codebooks.shape[1] // dimension,
-        lines=len(words),
-        turns=-(-len(words) // _LINES),
+        count=count,
+        entries=columns // dimension,
+        lines=lines,
+        turns=turns,
         tiles=tiles,
-        scale=None if scale is None else "columns" if scale.shape[1] > 1 else "rows",
+        scale=None if scale is None else "columns" if scale[0] else "rows",
+        norm=None if norm is None else norm[1],
         dtypes=tuple(dtypes.items()),
     )
-
-
-def fits(plan: Plan) -> bool:
-    """Whether shared memory has room, and codebooks consist of the pieces that are copied."""
-    return plan.book_bytes % _PIECE == 0 and 4 * sum(plan.shared) <= _SHARED
+    return plan if plan.book_bytes % _PIECE == 0 and 4 * sum(plan.shared) <= _SHARED else None
 
 
 class ThreadProgram:
@@ -144,15 +166,24 @@ class ThreadProgram:
       plan: sizes.
       place: index of the block among those of the weight, and of the chunk of tokens.
       out: outputs of the weight.
-      addresses: of x [tokens, in], words [lines, out, 4], codebooks [M, K * d] and y [tokens, out], of the block's inputs,
-        codebooks and sums, and of the scale, if there is one.
+      addresses: of x [tokens, in], words [lines, out, 4], codebooks [M, K * d] and y [tokens, out], and of the block's
+        inputs, codebooks and sums.
+      scale: address of the scale, if there is one.
+      norm: address of the weight of the norm [in], if there is one.
     """
 
-    def __init__(self, plan: Plan, place: tuple[t.Value, t.Value], out: t.Int, addresses: Sequence[t.Value]):
-        self.plan, self.out = plan, out
+    def __init__(
+        self,
+        plan: Plan,
+        place: tuple[t.Value, t.Value],
+        out: t.Int,
+        addresses: Sequence[t.Value],
+        scale: t.Value | None,
+        norm: t.Value | None,
+    ):
+        self.plan, self.out, self.scale, self.norm = plan, out, scale, norm
         block, self.chunk = place
-        self.x, self.words, self.books, self.y, self.inputs, self.entries, self.sums, *scale = addresses
-        self.scale = scale[0] if scale else None
+        self.x, self.words, self.books, self.y, self.inputs, self.entries, self.sums = addresses
         self.thread, lane = t.thread_index(), t.rem(t.thread_index(), _WARP)
         self.tile, self.warp = t.div(t.warp_index(), plan.warps), t.rem(t.warp_index(), plan.warps)
         self.local, self.word = t.rem(lane, OUTPUTS), t.div(lane, OUTPUTS)
@@ -162,10 +193,11 @@ class ThreadProgram:
     def run(self) -> None:
         """Everything."""
         words = [self.load_word(turn) for turn in range(self.plan.turns)]
-        pieces, factor = [*self.load_books(), *self.load_inputs()], self.load_factor()
-        for inside, values, place in pieces:
+        books, inputs, factor = self.load_books(), self.load_inputs(), self.load_factor()
+        for inside, values, place in books:
             with t.when(inside):
                 t.store_four(values, place)
+        self.store_inputs(inputs)
         t.block_barrier()
         sums = [t.number(0.0)] * self.plan.chunk
         for turn, word in enumerate(words):
@@ -194,24 +226,60 @@ class ThreadProgram:
         places = [(inside, t.mul(piece, _PIECE)) for inside, piece in self.dealt(self.plan.book_bytes // _PIECE)]
         return [(inside, t.stream_words(t.at(self.books, p)), t.at(self.entries, p)) for inside, p in places]
 
-    def load_inputs(self) -> list[tuple[t.Value, list[t.Value], t.Value]]:
-        """The same of the inputs, scaled if columns are: float32 [token, d / 4, group, 4]; zeros beyond the last one."""
-        plan, quarters, pieces = self.plan, self.plan.dimension // 4, []
+    def load_inputs(self) -> list[list[tuple[t.Value, list[t.Value], list[t.Value], t.Value]]]:
+        """The same of the inputs of each token: whether there is a piece, its values, its scale, and its place.
+
+        They lie as float32 [token, d / 4, group, 4], with zeros beyond the last group.
+        """
+        plan, quarters, tokens = self.plan, self.plan.dimension // 4, []
         for token in range(plan.chunk):
             row = t.least(t.add(t.mul(self.chunk, plan.chunk), token), plan.tokens - 1)
             line = t.at(self.x, t.mul(row, plan.columns * plan.size("x")))
+            pieces = []
             for inside, piece in self.dealt(plan.room * quarters):
                 there, own = t.less(piece, plan.columns // 4), t.least(piece, plan.columns // 4 - 1)
                 values = t.load(t.at(line, t.mul(own, 4 * plan.size("x"))), plan.dtype("x"), 4)
-                if plan.scale == "columns":
-                    place = t.mul(t.div(own, quarters), plan.size("scale"))
-                    (factor,) = t.load(t.at(self.scale, place), plan.dtype("scale"))
-                    values = [t.fmul(value, factor) for value in values]
-                values = [t.select(there, value, t.number(0.0)) for value in values]
+                values = [t.select(t.both(inside, there), value, t.number(0.0)) for value in values]
                 group, quarter = t.div(piece, quarters), t.rem(piece, quarters)
                 place = t.mul(t.add(t.mul(quarter, plan.room), group), 16)
-                pieces.append((inside, values, t.at(self.inputs, place, 4 * token * plan.room * plan.dimension)))
-        return pieces
+                place = t.at(self.inputs, place, 4 * token * plan.room * plan.dimension)
+                pieces.append((inside, values, self.load_scale(own), place))
+            tokens.append(pieces)
+        return tokens
+
+    def load_scale(self, piece: t.Value) -> list[t.Value]:
+        """What the four inputs of a piece are multiplied by; nothing for ones."""
+        plan, factors = self.plan, []
+        if plan.norm is not None:
+            weight = t.load(t.at(self.norm, t.mul(piece, 4 * plan.size("norm"))), plan.dtype("norm"), 4)
+            factors = [t.fadd(x, t.number(plan.norm[1])) for x in weight] if plan.norm[1] else weight
+        if plan.scale == "columns":
+            place = t.mul(t.div(piece, plan.dimension // 4), plan.size("scale"))
+            (scale,) = t.load(t.at(self.scale, place), plan.dtype("scale"))
+            factors = [t.fmul(x, scale) for x in factors] if factors else [scale] * 4
+        return factors
+
+    def store_inputs(self, tokens: Sequence[Any]) -> None:
+        """Scales the inputs and puts them into shared memory, and each warp's sums of their squares behind the sums."""
+        plan = self.plan
+        for token, pieces in enumerate(tokens):
+            squares = t.number(0.0)
+            for inside, values, factors, place in pieces:
+                squares = functools.reduce(lambda total, x: t.fma(x, x, total), values, squares)
+                scaled = [t.fmul(x, factor) for x, factor in zip(values, factors, strict=True)] if factors else values
+                with t.when(inside):
+                    t.store_four(scaled, place)
+            if plan.norm is not None:
+                for distance in (1, 2, 4, 8, 16):
+                    squares = t.fadd(squares, t.shuffle(squares, distance))
+                with t.when(t.less(t.rem(self.thread, _WARP), 1)):
+                    t.store(squares, t.at(self.squares(token), t.mul(t.warp_index(), 4)))
+
+    def squares(self, token: t.Int) -> t.Value:
+        """Where the sums of squares of a token begin."""
+        plan = self.plan
+        first = 4 * plan.tiles * plan.chunk * plan.sums
+        return t.at(self.sums, t.mul(token, 4 * plan.threads // _WARP), first)
 
     def result(self) -> tuple[t.Value, ...]:
         """Tile, token and output within the tile of the sum that the thread writes in the end; there may be none."""
@@ -228,7 +296,7 @@ class ThreadProgram:
 
     def add_products(self, turn: int, word: t.Value, sums: list[t.Value]) -> list[t.Value]:
         """Adds the products of a word's entries with their groups, one sum per token."""
-        plan, line, sums = self.plan, self.line(turn), list(sums)
+        plan, line = self.plan, self.line(turn)
         # The slot of the word's first code; those of the others differ from it in the lowest two bits.
         step = t.add(t.mul(t.rem(line, 2), LANES // 2), t.mul(self.word, 4))
         slot = t.add(t.mul(t.rem(t.div(line, 2), 2), LANES), t.xor(step, t.rem(self.output, LANES)))
@@ -236,7 +304,8 @@ class ThreadProgram:
         group = t.add(t.mul(t.div(line, 4), plan.groups), group)
         size = plan.dimension * plan.size("books")
         entries = t.at(self.entries, t.mul(book, plan.entries * size))
-        for i in range(4):
+        parts = [[t.number(0.0)] * plan.chunk for _ in range(4)]  # apart, lest every product waits for the one before
+        for i, part in enumerate(parts):
             values = self.load_entry(t.at(entries, t.mul(t.permute(word, 0, 0x4440 | i), size)))
             inputs = t.at(self.inputs, t.mul(t.xor(group, i), 16))
             for token in range(plan.chunk):
@@ -244,8 +313,8 @@ class ThreadProgram:
                     place = 16 * plan.room * (token * plan.dimension // 4 + quarter)
                     own = values[4 * quarter : 4 * quarter + 4]
                     for x, value in zip(t.load(t.at(inputs, place), jnp.float32, 4), own, strict=True):
-                        sums[token] = t.fma(x, value, sums[token])
-        return sums
+                        part[token] = t.fma(x, value, part[token])
+        return [t.fadd(old, added(own)) for old, *own in zip(sums, *parts, strict=True)]
 
     def load_entry(self, address: t.Value) -> list[t.Value]:
         """The d values of an entry."""
@@ -275,17 +344,23 @@ class ThreadProgram:
         with t.when(t.both(inside, t.less(self.thread, plan.tiles * plan.chunk * OUTPUTS))):
             first = t.add(t.mul(t.div(self.thread, OUTPUTS), plan.sums), local)
             sums = t.at(self.sums, t.mul(first, 4))
-            values = [t.load(t.at(sums, 4 * OUTPUTS * w), jnp.float32)[0] for w in range(plan.warps)]
-            while len(values) > 1:  # pairs, lest every addition waits for the one before
-                values = [t.fadd(*pair) if len(pair) > 1 else pair[0] for pair in zip_pairs(values)]
-            value = values[0] if factor is None else t.fmul(values[0], factor)
+            value = added([t.load(t.at(sums, 4 * OUTPUTS * w), jnp.float32)[0] for w in range(plan.warps)])
+            value = value if factor is None else t.fmul(value, factor)
+            if plan.norm is not None:
+                warps = range(plan.threads // _WARP)
+                squares = added([t.load(t.at(self.squares(token), 4 * w), jnp.float32)[0] for w in warps])
+                mean = t.fma(squares, t.number(1 / plan.columns), t.number(plan.norm[0]))
+                value = t.fmul(value, t.rsqrt(mean))
             place = t.at(self.y, t.mul(t.add(t.mul(row, self.out), output), plan.size("y")))
             t.store(value, place, plan.dtype("y"))
 
 
-def zip_pairs(values: Sequence[Any]) -> list[Sequence[Any]]:
-    """Consecutive pairs; the last one may be single."""
-    return [values[i : i + 2] for i in range(0, len(values), 2)]
+def added(values: Sequence[t.Value]) -> t.Value:
+    """Sum of float32 by pairs, lest every addition waits for the one before."""
+    while len(values) > 1:
+        pairs = [values[i : i + 2] for i in range(0, len(values), 2)]
+        values = [t.fadd(*pair) if len(pair) > 1 else pair[0] for pair in pairs]
+    return values[0]
 
 
 def _kernel(*refs, plan: Plan, outs: Sequence[int]):
@@ -298,43 +373,42 @@ def _kernel(*refs, plan: Plan, outs: Sequence[int]):
     def thread(_, block, chunk, *refs):
         block, chunk = (i.registers.item() for i in (block, chunk))
         x, *given = map(t.pointer, refs)
+        norm = None if plan.norm is None else given.pop(0)
         given, results, shared = given[: -3 - len(outs)], given[-3 - len(outs) : -3], given[-3:]
-        parts = len(given) // len(outs)
-        first, chosen = 0, None
+        parts, first, chosen = len(given) // len(outs), 0, None
         for i, (out, y) in enumerate(zip(outs, results, strict=True)):
             words, books, *scale = given[parts * i : parts * (i + 1)]
             new = [t.sub(block, first), t.add(out), words, books, y, *scale]
-            others = chosen or new
-            chosen = [a if a is b else t.select(t.less(block, first), b, a) for a, b in zip(new, others, strict=True)]
+            chosen = (
+                new if chosen is None else [t.select(t.less(block, first), *ab) for ab in zip(chosen, new, strict=True)]
+            )
             first += plan.blocks(out)
         own, out, words, books, y, *scale = chosen
-        ThreadProgram(plan, (own, chunk), out, (x, words, books, y, *shared, *scale)).run()
+        addresses = x, words, books, y, *shared
+        ThreadProgram(plan, (own, chunk), out, addresses, scale[0] if scale else None, norm).run()
 
     thread(*place, *refs)
 
 
 def gather_matmul(
-    x: jax.Array, weights: Sequence[Weight], *, dimension: int, dtype: Any = jnp.float32, tiles: int = 1
+    plan: Plan, x: jax.Array, weights: Sequence[Weight], norm_weight: jax.Array | None = None
 ) -> list[jax.Array]:
-    """Returns x @ W.T for several weights, each [tokens, out] of `dtype`; sums are always in the same order.
+    """Returns x @ W.T for several weights, each [tokens, out]; sums are always in the same order.
 
     Args:
-      x: float [tokens, in]; the time grows with the tokens.
+      plan: for these arrays, of `make_plan`.
+      x: float [tokens, in]; the time grows with the tokens. It is normalised first, in float32, if the plan says so.
       weights: of each, words uint32 [4 * sets, out, 4], see `layout.banked_words`; codebooks float [M, K * d], M of 1, 2, 4
-        or 8; scale float [out or 1, 1] or [1, in / d], or None. Their plans are equal, and `fits` them.
-      dimension: d, 4, 8 or 16.
-      dtype: of the results.
-      tiles: of 8 outputs of a block.
+        or 8 and d of 4, 8 or 16; scale float [out or 1, 1] or [1, in / d], or None.
+      norm_weight: float [in] of the norm, or None.
     """
-    plan, *others = (make_plan(x, weight, dimension=dimension, dtype=dtype, tiles=tiles) for weight in weights)
-    assert all(plan == other for other in others)
-    outs, arrays = [words.shape[1] for words, _, _ in weights], []
+    outs, arrays = [words.shape[1] for words, _, _ in weights], [x] if norm_weight is None else [x, norm_weight]
     for (words, books, scale), out in zip(weights, outs, strict=True):
         scale = jnp.broadcast_to(scale, (out, 1)) if scale is not None and scale.size == 1 else scale
         arrays += [words, books] if scale is None else [words, books, scale.reshape(-1)]
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan=plan, outs=outs),
-        out_type=[jax.ShapeDtypeStruct((plan.tokens, out), dtype) for out in outs],
+        out_type=[jax.ShapeDtypeStruct((plan.tokens, out), plan.dtype("y")) for out in outs],
         grid=(sum(map(plan.blocks, outs)), -(-plan.tokens // plan.chunk)),
         grid_names=("block", "chunk"),
         num_threads=plan.threads // _WARPGROUP,
@@ -342,4 +416,4 @@ def gather_matmul(
         scratch_types=[plgpu.SMEM((size,), jnp.float32) for size in plan.shared],
         kernel_name="gather_matmul",
     )
-    return kernel(x, *arrays)
+    return kernel(*arrays)
