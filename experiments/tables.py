@@ -119,18 +119,31 @@ def generation(results: list[Result]) -> str:
 
 
 def kernels(results: list[Result]) -> str:
-    """A line per format, shape and batch: our kernel, the dense product, and the time of reading the weight."""
+    """A line per format, shape and batch: our kernel, other ways, and the time of reading the weight."""
     lines = []
     for rows in (result["rows"] for result in results):
         dense = {(r["k"], r["n"], r["batch"]): r["microseconds"] for r in rows if r["implementation"] == "dense"}
+        made = {(r["format"], r["k"], r["n"], r["batch"]): r for r in rows if r["implementation"] == "reference"}
         for r in (r for r in rows if r["implementation"] not in ("dense", "reference")):
             time, floor, base = r["microseconds"], r["floor_microseconds"], dense.get((r["k"], r["n"], r["batch"]))
             compared = ["", ""] if base is None else [f"{base:.1f}", f"{time / base:.2f}"]
+            other = made.get((r["format"], r["k"], r["n"], r["batch"]))
+            compared.append("" if other is None else f"{other['microseconds']:.1f}")
             share = "" if floor is None else f"{floor / time:.0%}"
             shape, device = f"{r['k']} x {r['n']}", r["environment"]["device"]
             lines.append([r["format"], shape, str(r["batch"]), f"{time:.1f}", *compared, share, device])
-    header = ["format", "K x N", "batch", "us", "dense us", "of dense", "of the bandwidth", "device"]
+    header = ["format", "K x N", "batch", "us", "dense us", "of dense", "made dense us", "of the bandwidth", "device"]
     return markdown(header, lines)
+
+
+def table_bytes(results: list[Result]) -> str:
+    """A line per model and rounding of the tables of partial products: perplexity on the first windows of the text."""
+    lines = []
+    for result in results:
+        for r in result["rows"]:
+            rounding = "dense weights" if r["bytes"] is None else f"{r['bytes']} bytes" if r["bytes"] > 1 else "1 byte"
+            lines.append([result["method"], rounding, f"{r['perplexity']:.2f}", str(r["evaluation"]["windows"])])
+    return markdown(["method", "tables", "perplexity", "windows"], lines)
 
 
 def _by_bits(result: Result) -> tuple[Any, ...]:
@@ -148,6 +161,7 @@ TABLES: dict[str, Callable[[list[Result]], str]] = {
     "codebooks": speed,
     "generation": generation,
     "kernels": kernels,
+    "table_bytes": table_bytes,
     "tuning": tuning,
 }
 

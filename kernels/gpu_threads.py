@@ -162,7 +162,7 @@ def thread_index() -> Value:
 
 
 def warp_index() -> Value:
-    """Index of the warp in its block, known to the compiler to be the same for all of the warp."""
+    """Index of the warp in its block, known to the compiler to be the same for all of the warp; all threads of the warp."""
     return utils.warp_idx(sync=True)
 
 

@@ -1,7 +1,8 @@
 """Runs the thread programs of GPU kernels in numpy: all threads of a cluster in step, one array element each.
 
 `patch` puts this vocabulary in the place of `jaxquant.kernels.gpu_threads`. It checks on the way that no thread reads or
-writes outside of the arrays, that no two write to one place, and counts how often shared memory is accessed by a warp
+writes outside of the arrays, that no two write to one place, that warps are whole where their threads wait for each
+other, and counts how often shared memory is accessed by a warp
 and how many accesses of one bank that takes at most.
 """
 
@@ -81,6 +82,8 @@ class Model:
         return leading, x - leading
 
     def mma(self, a, b, c):
+        self.whole_warps()
+
         def lanes(x):
             return np.broadcast_to(np.asarray(x, np.float32), self.count).reshape(-1, 32)
 
@@ -101,7 +104,13 @@ class Model:
         return self.thread
 
     def warp_index(self):
+        self.whole_warps()
         return self.thread // 32
+
+    def whole_warps(self):
+        """Threads of a warp exchange values: those that do not come are waited for forever."""
+        active = self.active.reshape(-1, 32)
+        assert np.all(active.all(1) | ~active.any(1))
 
     @contextlib.contextmanager
     def when(self, condition):
@@ -152,6 +161,7 @@ class Model:
         return address.memory[self.places(address, 4)].view(np.uint32).astype(np.int64)[:, 0]
 
     def shuffle(self, x, distance):
+        self.whole_warps()
         return np.broadcast_to(x, self.count)[np.arange(self.count) ^ distance]
 
     def store_four(self, values, address):

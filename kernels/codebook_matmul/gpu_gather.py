@@ -184,8 +184,9 @@ class ThreadProgram:
         self.plan, self.out, self.scale, self.norm = plan, out, scale, norm
         block, self.chunk = place
         self.x, self.words, self.books, self.y, self.inputs, self.entries, self.sums = addresses
-        self.thread, lane = t.thread_index(), t.rem(t.thread_index(), _WARP)
-        self.tile, self.warp = t.div(t.warp_index(), plan.warps), t.rem(t.warp_index(), plan.warps)
+        self.thread, self.place = t.thread_index(), t.warp_index()
+        lane = t.rem(self.thread, _WARP)
+        self.tile, self.warp = t.div(self.place, plan.warps), t.rem(self.place, plan.warps)
         self.local, self.word = t.rem(lane, OUTPUTS), t.div(lane, OUTPUTS)
         self.first_output = t.mul(block, OUTPUTS * plan.tiles)
         self.output = t.add(self.first_output, t.mul(self.tile, OUTPUTS), self.local)
@@ -273,7 +274,7 @@ class ThreadProgram:
                 for distance in (1, 2, 4, 8, 16):
                     squares = t.fadd(squares, t.shuffle(squares, distance))
                 with t.when(t.less(t.rem(self.thread, _WARP), 1)):
-                    t.store(squares, t.at(self.squares(token), t.mul(t.warp_index(), 4)))
+                    t.store(squares, t.at(self.squares(token), t.mul(self.place, 4)))
 
     def squares(self, token: t.Int) -> t.Value:
         """Where the sums of squares of a token begin."""

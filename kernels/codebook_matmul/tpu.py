@@ -156,8 +156,8 @@ def lookup_matmul(
       blocks: (1, C).
       dimension: d.
       out: outputs without padding.
-      num_bytes: of a partial product. Two have an error of about 5e-5 of the result, one about 1e-2: for those alone who
-        have measured what that does to their model.
+      num_bytes: of a partial product. Two have an error of about 5e-5 of the result, one about 1e-2, which a model may not
+        bear: experiments/table_bytes.py measures what it does to one.
     """
     row_scale, column_scale = layout.split_scale(scale)
     table = layout.partial_products(x, codebooks, column_scale, blocks=blocks, dimension=dimension)[0]
