@@ -135,5 +135,5 @@ def test_every_named_experiment_is_complete():
 
 def test_the_tables_of_the_documentation_are_those_of_the_results():
     document = (run.RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
-    assert document.count("<!-- table ") == 7
+    assert document.count("<!-- table ") == 8
     assert tables.written(document) == document
