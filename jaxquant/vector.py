@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant import linalg
 from jaxquant.grid import symmetric_scale, symmetric_tensor
 from jaxquant.packing import pack, saturate
 from jaxquant.tensors import CodebookTensor, UniformTensor
@@ -79,7 +80,7 @@ def inverse_curvature(index: jax.Array, shape: tuple[int, ...], metric: jax.Arra
     used = trace > 0
     scaled = curvature / jnp.where(used, trace, 1)[..., None, None]
     identity = jnp.broadcast_to(jnp.eye(d), scaled.shape)
-    inverse = jnp.linalg.inv(scaled + jnp.where(used, _RIDGE, 1.0)[..., None, None] * identity)
+    inverse = linalg.inverse_of_blocks(scaled + jnp.where(used, _RIDGE, 1.0)[..., None, None] * identity)
     return inverse * jnp.where(used, 1 / jnp.where(used, trace, 1), 0)[..., None, None]
 
 
@@ -104,7 +105,8 @@ def seed_entries(points: jax.Array, size: int) -> jax.Array:
     centred = points - points.mean(0)[None, :]
     scatter = centred.T @ centred
     ridge = _RIDGE * jnp.trace(scatter) + jnp.finfo(jnp.float32).tiny
-    distance = jnp.sum((centred @ jnp.linalg.inv(scatter + ridge * jnp.eye(points.shape[1]))) * centred, axis=1)
+    inverse = linalg.inverse_of_blocks(scatter + ridge * jnp.eye(points.shape[1]))
+    distance = jnp.sum((centred @ inverse) * centred, axis=1)
     place = np.round(np.linspace(0, len(points) - 1, size)).astype(np.int32)
     return points[jnp.argsort(distance)[place]]
 

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant import linalg
+
 # Encodes one vector of every row: (state of the block, index of the vector, target [out, d], L [d, d], current codes
 # [out, M] or None) -> (codes int32 [out, M], values float32 [out, d]).
 Encoding = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
@@ -35,9 +37,7 @@ def diagonal_blocks(matrix: jax.Array, dimension: int) -> jax.Array:
 
 def feedback_factors(factor: jax.Array, dimension: int) -> jax.Array:
     """Returns L = U_PP^-1 of every vector, [in / d, d, d], for U of `linalg.inverse_factor`."""
-    blocks = diagonal_blocks(factor, dimension)
-    identity = jnp.broadcast_to(jnp.eye(dimension, dtype=factor.dtype), blocks.shape)
-    return jax.scipy.linalg.solve_triangular(blocks, identity)
+    return linalg.inverse_of_upper_blocks(diagonal_blocks(factor, dimension))
 
 
 def _block_vectors(count: int, dimension: int, block_size: int) -> int:
@@ -161,8 +161,9 @@ def coordinate_descent(
     block = count * dimension
     own = diagonal_blocks(hessian, dimension)
     # Upper triangular, H_PP = L L^T, as the search for codes wants it.
-    metric = jnp.linalg.cholesky(own[:, ::-1, ::-1])[:, ::-1, ::-1]
-    gain = jnp.einsum("ngb,gbc->ngc", hessian.reshape(n, -1, dimension), jnp.linalg.inv(own)).reshape(n, n)
+    metric, inverse = (x[:, ::-1, ::-1] for x in linalg.cholesky_blocks(own[:, ::-1, ::-1]))
+    inverse = jnp.einsum("gca,gcb->gab", inverse, inverse)
+    gain = jnp.einsum("ngb,gbc->ngc", hessian.reshape(n, -1, dimension), inverse).reshape(n, n)
 
     def sweep_block(value, inputs):
         start, incumbent = inputs

@@ -142,3 +142,27 @@ def test_blocks_do_not_matter_to_descent():
     rows = np.arange(len(WEIGHT))[:, None]
     scale, zero = (np.asarray(x)[rows, GROUP_OF] for x in (GRIDS.scale, GRIDS.zero))
     np.testing.assert_allclose(values, scale * (np.asarray(codes) - zero), atol=1e-6)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 8, 13, 32])
+def test_factors_of_blocks(d):
+    rng = np.random.default_rng(d)
+    root = rng.standard_normal((3, 5, d, d))
+    blocks = root @ root.swapaxes(-1, -2) + 0.1 * np.eye(d)
+    factor, inverse = jax.jit(linalg.cholesky_blocks)(f32(blocks))
+    expected = np.linalg.cholesky(blocks)
+    np.testing.assert_allclose(factor, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(factor, np.tril(factor))
+    np.testing.assert_allclose(inverse, np.linalg.inv(expected), rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(
+        linalg.inverse_of_blocks(f32(blocks)) @ blocks, np.broadcast_to(np.eye(d), blocks.shape), atol=3e-2
+    )
+    upper = np.triu(rng.standard_normal((4, d, d))) + 2 * np.eye(d)
+    np.testing.assert_allclose(linalg.inverse_of_upper_blocks(f32(upper)), np.linalg.inv(upper), rtol=1e-3, atol=1e-3)
+
+
+def test_a_block_that_is_not_positive_definite_gives_nan():
+    blocks = f32([[[1.0, 2.0], [2.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]]])
+    factor, _ = linalg.cholesky_blocks(blocks)
+    assert np.isnan(factor[0]).any()
+    np.testing.assert_array_equal(factor[1], np.eye(2))
