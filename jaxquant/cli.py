@@ -69,6 +69,8 @@ class _Planned:
       sequences: calibration windows; by default 128, or 32 of the built-in text.
       length: tokens per window.
       batch_size: windows per forward pass.
+      guided: weigh calibration tokens by how much a layer's outputs there matter to the model's predictions, which one
+        backward pass through the dense model tells: better results for the same bits.
     """
 
     model: Source
@@ -82,6 +84,7 @@ class _Planned:
     sequences: int | None = None
     length: int = 2048
     batch_size: int = 8
+    guided: bool = False
 
     def rules(self) -> list[Rule]:
         """The skipped paths first, then the method for the rest."""
@@ -96,8 +99,6 @@ class Quantize(_Planned):
     Attributes:
       out: directory for the result.
       dense: also save the dequantized model in bfloat16, for transformers, in OUT/dense.
-      guided: weigh calibration tokens by how much a layer's outputs there matter to the model's predictions, which one
-        backward pass through the dense model tells: better results for the same bits.
       finetune: epochs of fine-tuning of each block, once it is quantized, on the calibration text; 0 for none.
       finetune_rate: largest step of fine-tuning, relative to the size of each array.
       finetune_targets: as `tune --targets`.
@@ -106,7 +107,6 @@ class Quantize(_Planned):
     _: dataclasses.KW_ONLY
     out: Path
     dense: bool = False
-    guided: bool = False
     finetune: int = 0
     finetune_rate: float = 4e-3
     finetune_targets: Literal["prefix", "model"] = "prefix"

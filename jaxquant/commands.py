@@ -132,9 +132,8 @@ def plan(args: Plan) -> None:
         out.print(line, highlight=False)
     total = bits / 8e6 + dense_bytes / 1e6
     out.print(f"linear layers: {bits / weights:.4f} bits per weight, {bits / 8e6:.2f} MB; whole model {total:.2f} MB")
-    peak = memory.estimate(
-        loaded.model, loaded.params, chosen, args.sequences or SEQUENCES, args.length, args.batch_size
-    )
+    sizes = args.sequences or SEQUENCES, args.length, args.batch_size
+    peak = memory.estimate(loaded.model, loaded.params, chosen, *sizes, guided=args.guided)
     out.print(f"peak memory: device {peak.device / 1e6:.0f} MB, host {peak.host / 1e6:.0f} MB ({peak.largest})")
 
 

@@ -10,6 +10,7 @@ from jaxquant import trees
 from jaxquant.methods import METHODS, Config
 from jaxquant.models.base import Model
 from jaxquant.plan import abstract_problem
+from jaxquant.sensitivity import BATCHES, block_gradients
 from jaxquant.stats import capture_update
 
 
@@ -27,8 +28,26 @@ def _working_set(lowered: Any) -> int:
     return stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
 
 
+def _guidance(model: Model, params: Any, sequences: int, length: int, batch_size: int) -> int:
+    """Bytes on the device of `token_importance`, beside the parameters: inputs and one gradient of all its blocks."""
+    dtype, blocks = params["embed"]["weight"].dtype, params["blocks"]
+    batch = min(batch_size, sequences)
+    hidden = jax.ShapeDtypeStruct((batch, length, model.config.hidden_size), dtype)
+    kind = model.config.layer_kinds[0]
+    lowered = block_gradients.lower(model, blocks[0], hidden, hidden, kind=kind, axes=(2,))
+    streams = (len(blocks) + 1) * min(sequences, BATCHES * batch)
+    return streams * length * model.config.hidden_size * dtype.itemsize + _working_set(lowered)
+
+
 def estimate(
-    model: Model, params: Any, plan: Mapping[str, Config | None], sequences: int, length: int, batch_size: int
+    model: Model,
+    params: Any,
+    plan: Mapping[str, Config | None],
+    sequences: int,
+    length: int,
+    batch_size: int,
+    *,
+    guided: bool = False,
 ) -> Peak:
     """Estimates the peak memory of quantizing a model.
 
@@ -42,6 +61,7 @@ def estimate(
       sequences: calibration windows.
       length: tokens per window.
       batch_size: windows per forward pass.
+      guided: tokens weigh by their importance, which is measured first.
 
     Returns:
       Peak. Where the device is the CPU, the host figure holds the device's too.
@@ -66,7 +86,12 @@ def estimate(
     largest = max(steps, key=lambda step: steps[step])
     held = sum(x.nbytes for x in trees.flatten(params).values())
     stream = sequences * length * config.hidden_size * dtype.itemsize
-    device = held + stream + steps[largest]
+    working = stream + steps[largest]
     # Loading, hashing and saving go through the host one tensor at a time.
     host = 2 * max(x.nbytes for x in trees.flatten(params).values())
+    if guided:
+        host += len(params["blocks"]) * sum(map(len, model.groups)) * sequences * length * 4
+        guidance = _guidance(model, params, sequences, length, batch_size)
+        working, largest = max((working, largest), (guidance, "importance of tokens"))
+    device = held + working
     return Peak(device, host + (device if jax.default_backend() == "cpu" else 0), f"largest step: {largest}")

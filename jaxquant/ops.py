@@ -90,10 +90,10 @@ def matmul_each(
     if all(by_kernel):
         return list(_by_kernel(x, tuple(weights), norm, names[0]))
     x = x if norm is None else norm(x)
-    return [
-        _by_kernel(x, (weight,), None, name)[0] if kernel else _reference(x, weight)
-        for weight, name, kernel in zip(weights, names, by_kernel, strict=True)
-    ]
+    results = []
+    for weight, name, kernel in zip(weights, names, by_kernel, strict=True):
+        results += list(_by_kernel(x, (weight,), None, name)) if kernel else [_reference(x, weight)]
+    return results
 
 
 def supports(weight: Any, implementation: str, *, tokens: int = 1) -> str | None:

@@ -26,7 +26,7 @@ from jaxquant.problem import LayerProblem, row_objective
 from jaxquant.tensors import QuantizedTensor
 
 _CHUNK = 256  # tokens whose logits exist at once
-_BATCHES = 4  # that one backward pass of `token_importance` goes through
+BATCHES = 4  # that one backward pass of `token_importance` goes through
 
 
 class BlockCosts(NamedTuple):
@@ -54,10 +54,22 @@ def _head_gradient(model: Model, ends: Any, hidden: jax.Array, key: jax.Array) -
 
 
 @functools.partial(jax.jit, static_argnames=("model", "kind", "axes"), donate_argnames="cotangent")
-def _block_gradients(
+def block_gradients(
     model: Model, block: Any, hidden: jax.Array, cotangent: jax.Array, *, kind: str, axes: tuple[int, ...]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Gradient in a block's inputs, and squared gradients in each layer's outputs, summed over `axes` of three."""
+    """Gradient in a block's inputs, and squared gradients in each layer's outputs, summed over `axes` of three.
+
+    Args:
+      model: pure functions of the network.
+      block: parameters of a dense block.
+      hidden: its inputs, [batch, time, hidden_size].
+      cotangent: gradient in its outputs, of the same shape; given away.
+      kind: of the block.
+      axes: of outputs [batch, time, out].
+
+    Returns:
+      (gradient [batch, time, hidden_size], {layer: float32, what is left of [batch, time, out]}).
+    """
     names = [name for group in model.groups for name in group]
     layers = {name: trees.get(block, name) for name in names}
     # A bias of its own for every token stands for the layer's outputs.
@@ -90,7 +102,7 @@ def _backward(
     """One backward pass through a dense model, labels drawn from it.
 
     Yields:
-      (index, inputs, squared gradients as of `_block_gradients`) of each block, in batches, from the last to the first.
+      (index, inputs, squared gradients as of `block_gradients`) of each block, in batches, from the last to the first.
     """
     ends, kinds = {name: value for name, value in params.items() if name != "blocks"}, model.config.layer_kinds
     inputs: list[list[jax.Array]] = []
@@ -102,7 +114,7 @@ def _backward(
     cotangents = [_head_gradient(model, ends, h, k) for h, k in zip(hidden, keys, strict=True)]
     for index in reversed(range(len(params["blocks"]))):
         block, kind, hidden = params["blocks"][index], kinds[index], inputs.pop()
-        run = functools.partial(_block_gradients, model, block, kind=kind, axes=axes)
+        run = functools.partial(block_gradients, model, block, kind=kind, axes=axes)
         both = [run(h, c) for h, c in zip(hidden, cotangents, strict=True)]
         cotangents = [gradient for gradient, _ in both]
         yield index, hidden, [squares for _, squares in both]
@@ -131,7 +143,7 @@ def token_importance(
     root of their weight. The squares have heavy tails (in some layers 1 % of the tokens hold 97 % of them), so few tokens
     would decide.
     """
-    tokens, at_once = np.asarray(tokens, np.int32), _BATCHES * batch_size
+    tokens, at_once = np.asarray(tokens, np.int32), BATCHES * batch_size
     names = [name for group in model.groups for name in group]
     found = [{name: np.zeros(tokens.shape, np.float32) for name in names} for _ in params["blocks"]]
     for start in range(0, len(tokens), at_once):

@@ -67,6 +67,8 @@ def test_plan_tells_what_quantize_does(files, out, capsys):
     model = sum(x.nbytes for x in jax.tree.leaves(saved.params))
     assert number(r"whole model ([\d.]+) MB", plan) == pytest.approx(model / 1e6, abs=5e-3)
     assert number(r"peak memory: device (\d+) MB", plan) < 100
+    guided = printed(capsys, ["plan", str(files / "model"), *SHORT, *SKIP, "--guided", *METHOD])
+    assert number(r", host (\d+) MB", guided) >= number(r", host (\d+) MB", plan)
     for report in reports:
         assert re.search(rf"{report['path']} .*{report['bits'] / np.prod(report['shape']):.4f} ", plan)
 

@@ -376,13 +376,12 @@ def _kernel(*refs, plan: Plan, outs: Sequence[int]):
         x, *given = map(t.pointer, refs)
         norm = None if plan.norm is None else given.pop(0)
         given, results, shared = given[: -3 - len(outs)], given[-3 - len(outs) : -3], given[-3:]
-        parts, first, chosen = len(given) // len(outs), 0, None
+        parts, first, chosen = len(given) // len(outs), 0, []
         for i, (out, y) in enumerate(zip(outs, results, strict=True)):
             words, books, *scale = given[parts * i : parts * (i + 1)]
             new = [t.sub(block, first), t.add(out), words, books, y, *scale]
-            chosen = (
-                new if chosen is None else [t.select(t.less(block, first), *ab) for ab in zip(chosen, new, strict=True)]
-            )
+            before = t.less(block, first)
+            chosen = [t.select(before, *pair) for pair in zip(chosen, new, strict=True)] if chosen else new
             first += plan.blocks(out)
         own, out, words, books, y, *scale = chosen
         addresses = x, words, books, y, *shared
