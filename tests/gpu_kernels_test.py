@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jaxquant import CodebookTensor, matmul
 from jaxquant.kernels.codebook_matmul import api as codebook_api
-from jaxquant.kernels.codebook_matmul import gpu, gpu_gather, gpu_plan, layout
+from jaxquant.kernels.codebook_matmul import gpu, gpu_gather, gpu_gather_plan, gpu_plan, layout
 from jaxquant.kernels.codebook_matmul.gpu_plan import BlockConfig, block_config
 from jaxquant.kernels.codebook_matmul.layout import SET
 from jaxquant.norm import RMSNorm
@@ -77,7 +77,7 @@ def test_the_program_of_threads(name, monkeypatch):
 def gathered(x, weight, monkeypatch, norm=None):
     """The result of the gathering kernel, by `tests.gpu_model`."""
     arrays = [None if part is None else np.asarray(part) for part in (weight.words, weight.codebooks, weight.scale)]
-    plan = gpu_gather.make_plan(x, [arrays], norm, dimension=weight.dimension, dtype=np.float32)
+    plan = gpu_gather_plan.make_plan(x, [arrays], norm, dimension=weight.dimension, dtype=np.float32)
     y = np.full((len(x), weight.shape[0]), np.nan, np.float32)
     for block, chunk in np.ndindex(plan.blocks(weight.shape[0]), -(-len(x) // plan.chunk)):
         model = Model(1, plan.threads)

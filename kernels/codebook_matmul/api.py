@@ -121,11 +121,11 @@ Weight = tuple[jax.Array, jax.Array, jax.Array | None]  # words, codebooks and s
 
 def _gather_plan(x: Any, weights: Sequence[Weight], norm: Any, dimension: int, dtype: Any) -> Any:
     """The plan of `gpu_gather` for products with few tokens and small weights that it can do together, otherwise None."""
-    from jaxquant.kernels.codebook_matmul import gpu_gather
+    from jaxquant.kernels.codebook_matmul.gpu_gather_plan import make_plan
 
     if len(x) > GPU_TOKENS or any(x.shape[1] * words.shape[1] > GATHER_SIZE for words, _, _ in weights):
         return None
-    return gpu_gather.make_plan(x, weights, norm, dimension=dimension, dtype=dtype)
+    return make_plan(x, weights, norm, dimension=dimension, dtype=dtype)
 
 
 def normalises(x: Any, weights: Sequence[Weight], norm_weight: Any, *, dimension: int, dtype: Any) -> bool:

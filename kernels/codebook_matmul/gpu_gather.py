@@ -12,7 +12,6 @@ A warp has 8 outputs and the 4 words of a line of each; lines are dealt out to t
 added up in a fixed order.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -23,140 +22,8 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.kernels import gpu_threads as t
-from jaxquant.kernels.codebook_matmul.layout import LANES, SET
-
-OUTPUTS = 8  # of a warp
-_WARP, _WARPGROUP = 32, 128
-_WARPS, _TILES = 32, 8  # of a block, at most
-_BLOCKS = 132  # that run at once
-_TOKENS = 4  # that a block has, at most
-_PIECE = 16  # bytes that a thread reads at once
-_SHARED = 200 * 1024  # bytes, at most
-Weight = tuple[Any, Any, Any]  # words, codebooks and scale, see `gather_matmul`
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Sizes of a product, and its division: what is the same for all weights of a launch.
-
-    Attributes:
-      tokens: rows of x.
-      chunk: tokens of a block.
-      columns: in.
-      dimension: d.
-      count: M, codebooks.
-      entries: K, of a codebook.
-      lines: of words, 4 per set.
-      turns: lines of a warp.
-      tiles: of 8 outputs, of a block.
-      scale: "rows", "columns" or None.
-      norm: of the inputs, (eps, offset): x / sqrt(mean(x^2) + eps) * (weight + offset); or None.
-      dtypes: of "x", "books", "scale", "norm" and "y".
-    """
-
-    tokens: int
-    chunk: int
-    columns: int
-    dimension: int
-    count: int
-    entries: int
-    lines: int
-    turns: int
-    tiles: int
-    scale: str | None
-    norm: tuple[float, float] | None
-    dtypes: tuple[tuple[str, Any], ...]
-
-    def dtype(self, name: str) -> Any:
-        """One of `dtypes`."""
-        return dict(self.dtypes)[name]
-
-    def size(self, name: str) -> int:
-        """Bytes of an element."""
-        return jnp.dtype(self.dtype(name)).itemsize
-
-    @property
-    def warps(self) -> int:
-        """Warps of a tile."""
-        return -(-self.lines // self.turns)
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block, those of a last incomplete warpgroup included."""
-        return -(-_WARP * self.warps * self.tiles // _WARPGROUP) * _WARPGROUP
-
-    @property
-    def groups(self) -> int:
-        """Groups of inputs in a set."""
-        return SET // self.count
-
-    @property
-    def room(self) -> int:
-        """Groups of inputs in shared memory: as many as the lines of all warps ask for."""
-        return -(-self.turns * self.warps // 4) * self.groups
-
-    @property
-    def book_bytes(self) -> int:
-        """Bytes of all codebooks."""
-        return self.count * self.entries * self.dimension * self.size("books")
-
-    @property
-    def sums(self) -> int:
-        """Sums of a tile and token, one per warp and output."""
-        return self.warps * OUTPUTS
-
-    @property
-    def shared(self) -> tuple[int, int, int]:
-        """Numbers of float32 in shared memory: inputs, codebooks, and sums, those of squares of a token and warp last."""
-        sums = self.tiles * self.chunk * self.sums
-        return self.chunk * self.room * self.dimension, self.book_bytes // 4, sums + self.chunk * self.threads // _WARP
-
-    def blocks(self, out: int) -> int:
-        """Blocks along the outputs."""
-        return -(-out // (OUTPUTS * self.tiles))
-
-
-def make_plan(
-    x: Any,
-    weights: Sequence[Weight],
-    norm: tuple[Any, tuple[float, float]] | None = None,
-    *,
-    dimension: int,
-    dtype: Any,
-) -> Plan | None:
-    """The plan for these arrays, of which shapes and dtypes suffice; None if the kernel does not take them together.
-
-    It does if all but the outputs are alike, shared memory has room, and codebooks consist of the pieces that are copied.
-    """
-    kinds = {
-        (words.shape[0], books.shape, books.dtype, None if scale is None else (scale.shape[1] > 1, scale.dtype))
-        for words, books, scale in weights
-    }
-    if len(kinds) > 1:
-        return None
-    ((lines, (count, columns), book_dtype, scale),) = kinds
-    tiles = min(_TILES, -(-sum(-(-words.shape[1] // OUTPUTS) for words, _, _ in weights) // _BLOCKS))
-    turns = -(-lines // (_WARPS // tiles))
-    dtypes = {"x": x.dtype, "books": book_dtype, "y": jnp.dtype(dtype)}
-    if scale is not None:
-        dtypes["scale"] = scale[1]
-    if norm is not None:
-        dtypes["norm"] = norm[0].dtype
-    plan = Plan(
-        tokens=len(x),
-        chunk=min(len(x), _TOKENS),
-        columns=x.shape[1],
-        dimension=dimension,
-        count=count,
-        entries=columns // dimension,
-        lines=lines,
-        turns=turns,
-        tiles=tiles,
-        scale=None if scale is None else "columns" if scale[0] else "rows",
-        norm=None if norm is None else norm[1],
-        dtypes=tuple(dtypes.items()),
-    )
-    return plan if plan.book_bytes % _PIECE == 0 and 4 * sum(plan.shared) <= _SHARED else None
+from jaxquant.kernels.codebook_matmul.gpu_gather_plan import OUTPUTS, PIECE, WARP, WARPGROUP, Plan, Weight
+from jaxquant.kernels.codebook_matmul.layout import LANES
 
 
 class ThreadProgram:
@@ -185,7 +52,7 @@ class ThreadProgram:
         block, self.chunk = place
         self.x, self.words, self.books, self.y, self.inputs, self.entries, self.sums = addresses
         self.thread, self.place = t.thread_index(), t.warp_index()
-        lane = t.rem(self.thread, _WARP)
+        lane = t.rem(self.thread, WARP)
         self.tile, self.warp = t.div(self.place, plan.warps), t.rem(self.place, plan.warps)
         self.local, self.word = t.rem(lane, OUTPUTS), t.div(lane, OUTPUTS)
         self.first_output = t.mul(block, OUTPUTS * plan.tiles)
@@ -224,7 +91,7 @@ class ThreadProgram:
 
     def load_books(self) -> list[tuple[t.Value, list[t.Value], t.Value]]:
         """The thread's pieces of the codebooks: whether there is one, its words, and its place in shared memory."""
-        places = [(inside, t.mul(piece, _PIECE)) for inside, piece in self.dealt(self.plan.book_bytes // _PIECE)]
+        places = [(inside, t.mul(piece, PIECE)) for inside, piece in self.dealt(self.plan.book_bytes // PIECE)]
         return [(inside, t.stream_words(t.at(self.books, p)), t.at(self.entries, p)) for inside, p in places]
 
     def load_inputs(self) -> list[list[tuple[t.Value, list[t.Value], list[t.Value], t.Value]]]:
@@ -273,14 +140,14 @@ class ThreadProgram:
             if plan.norm is not None:
                 for distance in (1, 2, 4, 8, 16):
                     squares = t.fadd(squares, t.shuffle(squares, distance))
-                with t.when(t.less(t.rem(self.thread, _WARP), 1)):
+                with t.when(t.less(t.rem(self.thread, WARP), 1)):
                     t.store(squares, t.at(self.squares(token), t.mul(self.place, 4)))
 
     def squares(self, token: t.Int) -> t.Value:
         """Where the sums of squares of a token begin."""
         plan = self.plan
         first = 4 * plan.tiles * plan.chunk * plan.sums
-        return t.at(self.sums, t.mul(token, 4 * plan.threads // _WARP), first)
+        return t.at(self.sums, t.mul(token, 4 * plan.threads // WARP), first)
 
     def result(self) -> tuple[t.Value, ...]:
         """Tile, token and output within the tile of the sum that the thread writes in the end; there may be none."""
@@ -319,7 +186,7 @@ class ThreadProgram:
 
     def load_entry(self, address: t.Value) -> list[t.Value]:
         """The d values of an entry."""
-        some = min(self.plan.dimension, _PIECE // self.plan.size("books"))
+        some = min(self.plan.dimension, PIECE // self.plan.size("books"))
         places = range(0, self.plan.dimension * self.plan.size("books"), some * self.plan.size("books"))
         return [value for place in places for value in t.load(t.at(address, place), self.plan.dtype("books"), some)]
 
@@ -328,7 +195,7 @@ class ThreadProgram:
         plan = self.plan
         first = t.add(t.mul(self.tile, plan.chunk * plan.sums), t.mul(self.warp, OUTPUTS), self.local)
         mine = t.less(self.word, 1)
-        if plan.threads > _WARP * plan.warps * plan.tiles:
+        if plan.threads > WARP * plan.warps * plan.tiles:
             mine = t.both(mine, t.less(self.tile, plan.tiles))
         for token, value in enumerate(sums):
             for distance in (OUTPUTS, 2 * OUTPUTS):
@@ -348,7 +215,7 @@ class ThreadProgram:
             value = added([t.load(t.at(sums, 4 * OUTPUTS * w), jnp.float32)[0] for w in range(plan.warps)])
             value = value if factor is None else t.fmul(value, factor)
             if plan.norm is not None:
-                warps = range(plan.threads // _WARP)
+                warps = range(plan.threads // WARP)
                 squares = added([t.load(t.at(self.squares(token), 4 * w), jnp.float32)[0] for w in warps])
                 mean = t.fma(squares, t.number(1 / plan.columns), t.number(plan.norm[0]))
                 value = t.fmul(value, t.rsqrt(mean))
@@ -411,7 +278,7 @@ def gather_matmul(
         out_type=[jax.ShapeDtypeStruct((plan.tokens, out), plan.dtype("y")) for out in outs],
         grid=(sum(map(plan.blocks, outs)), -(-plan.tokens // plan.chunk)),
         grid_names=("block", "chunk"),
-        num_threads=plan.threads // _WARPGROUP,
+        num_threads=plan.threads // WARPGROUP,
         thread_name="warpgroup",
         scratch_types=[plgpu.SMEM((size,), jnp.float32) for size in plan.shared],
         kernel_name="gather_matmul",

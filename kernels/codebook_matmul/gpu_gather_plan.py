@@ -1,0 +1,142 @@
+"""How products by gathered entries are divided on a GPU: what is known when the kernel is compiled."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxquant.kernels.codebook_matmul.layout import SET
+
+OUTPUTS = 8  # of a warp
+WARP, WARPGROUP = 32, 128
+_WARPS, _TILES = 32, 8  # of a block, at most
+_BLOCKS = 132  # that run at once
+_TOKENS = 4  # that a block has, at most
+PIECE = 16  # bytes that a thread reads at once
+_SHARED = 200 * 1024  # bytes, at most
+Weight = tuple[Any, Any, Any]  # words, codebooks and scale, see `gpu_gather.gather_matmul`
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sizes of a product, and its division: what is the same for all weights of a launch.
+
+    Attributes:
+      tokens: rows of x.
+      chunk: tokens of a block.
+      columns: in.
+      dimension: d.
+      count: M, codebooks.
+      entries: K, of a codebook.
+      lines: of words, 4 per set.
+      turns: lines of a warp.
+      tiles: of 8 outputs, of a block.
+      scale: "rows", "columns" or None.
+      norm: of the inputs, (eps, offset): x / sqrt(mean(x^2) + eps) * (weight + offset); or None.
+      dtypes: of "x", "books", "scale", "norm" and "y".
+    """
+
+    tokens: int
+    chunk: int
+    columns: int
+    dimension: int
+    count: int
+    entries: int
+    lines: int
+    turns: int
+    tiles: int
+    scale: str | None
+    norm: tuple[float, float] | None
+    dtypes: tuple[tuple[str, Any], ...]
+
+    def dtype(self, name: str) -> Any:
+        """One of `dtypes`."""
+        return dict(self.dtypes)[name]
+
+    def size(self, name: str) -> int:
+        """Bytes of an element."""
+        return jnp.dtype(self.dtype(name)).itemsize
+
+    @property
+    def warps(self) -> int:
+        """Warps of a tile."""
+        return -(-self.lines // self.turns)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block, those of a last incomplete warpgroup included."""
+        return -(-WARP * self.warps * self.tiles // WARPGROUP) * WARPGROUP
+
+    @property
+    def groups(self) -> int:
+        """Groups of inputs in a set."""
+        return SET // self.count
+
+    @property
+    def room(self) -> int:
+        """Groups of inputs in shared memory: as many as the lines of all warps ask for."""
+        return -(-self.turns * self.warps // 4) * self.groups
+
+    @property
+    def book_bytes(self) -> int:
+        """Bytes of all codebooks."""
+        return self.count * self.entries * self.dimension * self.size("books")
+
+    @property
+    def sums(self) -> int:
+        """Sums of a tile and token, one per warp and output."""
+        return self.warps * OUTPUTS
+
+    @property
+    def shared(self) -> tuple[int, int, int]:
+        """Numbers of float32 in shared memory: inputs, codebooks, and sums, those of squares of a token and warp last."""
+        sums = self.tiles * self.chunk * self.sums
+        return self.chunk * self.room * self.dimension, self.book_bytes // 4, sums + self.chunk * self.threads // WARP
+
+    def blocks(self, out: int) -> int:
+        """Blocks along the outputs."""
+        return -(-out // (OUTPUTS * self.tiles))
+
+
+def make_plan(
+    x: Any,
+    weights: Sequence[Weight],
+    norm: tuple[Any, tuple[float, float]] | None = None,
+    *,
+    dimension: int,
+    dtype: Any,
+) -> Plan | None:
+    """The plan for these arrays, of which shapes and dtypes suffice; None if the kernel does not take them together.
+
+    It does if all but the outputs are alike, shared memory has room, and codebooks consist of the pieces that are copied.
+    """
+    kinds = {
+        (words.shape[0], books.shape, books.dtype, None if scale is None else (scale.shape[1] > 1, scale.dtype))
+        for words, books, scale in weights
+    }
+    if len(kinds) > 1:
+        return None
+    ((lines, (count, columns), book_dtype, scale),) = kinds
+    tiles = min(_TILES, -(-sum(-(-words.shape[1] // OUTPUTS) for words, _, _ in weights) // _BLOCKS))
+    turns = -(-lines // (_WARPS // tiles))
+    dtypes = {"x": x.dtype, "books": book_dtype, "y": jnp.dtype(dtype)}
+    if scale is not None:
+        dtypes["scale"] = scale[1]
+    if norm is not None:
+        dtypes["norm"] = norm[0].dtype
+    plan = Plan(
+        tokens=len(x),
+        chunk=min(len(x), _TOKENS),
+        columns=x.shape[1],
+        dimension=dimension,
+        count=count,
+        entries=columns // dimension,
+        lines=lines,
+        turns=turns,
+        tiles=tiles,
+        scale=None if scale is None else "columns" if scale[0] else "rows",
+        norm=None if norm is None else norm[1],
+        dtypes=tuple(dtypes.items()),
+    )
+    return plan if plan.book_bytes % PIECE == 0 and 4 * sum(plan.shared) <= _SHARED else None
