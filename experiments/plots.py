@@ -71,6 +71,9 @@ def speed(results: list[Result], against: str = "columns") -> Any:
                 series[r["method"]].append((r[against], r[name]))
         lines(axis, {method: sorted(points) for method, points in sorted(series.items())})
         axis.set(xlabel={"columns": "in = out"}.get(against, against), ylabel=label, xscale="log", yscale="log")
+        sizes = sorted({r[against] for r in results})
+        axis.set_xticks(sizes, map(str, sizes))
+        axis.set_xticks([], minor=True)  # their labels would cover each other
     axes[0].legend(fontsize=6)
     return figure
 
