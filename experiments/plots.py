@@ -29,6 +29,8 @@ def families(results: list[Result], x: str, y: str) -> Series:
 def lines(axis: Any, series: Series) -> None:
     """Draws every family as a line with a marker per result; colours and markers stay the same from panel to panel."""
     for k, (name, points) in enumerate(series.items()):
+        if not points:
+            continue
         axis.plot(*zip(*points, strict=True), color=f"C{k % 10}", marker="osD^v<>"[k // 10 % 7], ms=3, lw=1, label=name)
 
 
@@ -78,6 +80,25 @@ def speed(results: list[Result], against: str = "columns") -> Any:
     return figure
 
 
+def kernels(results: list[Result]) -> Any:
+    """A panel per shape: microseconds of a product against its tokens."""
+    times: dict[tuple[int, int], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for r in (row for result in results for row in result["rows"]):
+        name = {"dense": f"dense {r['dtype']}", "reference": f"{r['format']} made dense"}.get(r["implementation"])
+        times[r["k"], r["n"]][name or r["format"]][r["batch"]] = r["microseconds"]
+    names = sorted({name for panel in times.values() for name in panel})
+    figure, axes = plt.subplots(1, len(times), figsize=(3.6 * len(times), 3.6), squeeze=False)
+    for axis, (shape, panel) in zip(axes[0], sorted(times.items()), strict=True):
+        lines(axis, {name: sorted(panel[name].items()) for name in names})
+        axis.set(title="{} x {}".format(*shape), xlabel="tokens", xscale="log", yscale="log")
+        batches = sorted({batch for points in panel.values() for batch in points})
+        axis.set_xticks(batches, map(str, batches))
+        axis.set_xticks([], minor=True)
+    axes[0, 0].set_ylabel("microseconds")
+    axes[0, -1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
 PLOTS: dict[str, Callable[[list[Result]], Any]] = {
     "layers": layers,
     "pareto": whole_model,
@@ -85,6 +106,7 @@ PLOTS: dict[str, Callable[[list[Result]], Any]] = {
     "smollm2": whole_model,
     "scaling": speed,
     "codebooks": codebooks,
+    "kernels": kernels,
 }
 
 
