@@ -137,3 +137,13 @@ def test_the_tables_of_the_documentation_are_those_of_the_results():
     document = (run.RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
     assert document.count("<!-- table ") == 8
     assert tables.written(document) == document
+
+
+def test_every_stored_result_can_be_plotted(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="plots are an extra")
+    from experiments import plots
+
+    monkeypatch.setattr(sys, "argv", ["plots", "--out", str(tmp_path)])
+    plots.main()
+    drawn = {file.stem for file in tmp_path.glob("*.svg")}
+    assert drawn == {name for name in plots.PLOTS if tables.load(name)} >= {"layers", "scaling", "kernels"}
