@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant import linalg
+
 # Curvature added to a level, relative to its own: singular systems (levels that always occur together) stay solvable,
 # and a step of the regularised system still never raises the objective.
 _RIDGE = 1e-6
@@ -138,9 +140,7 @@ def solve_rows(residual: jax.Array, codes: jax.Array, hessian: jax.Array, size: 
     ridge = jnp.where(scale > 0, _RIDGE, 1.0)
     gram = (gram + gram.swapaxes(1, 2)) / 2 + ridge[:, :, None] * jnp.eye(size)[None]
     # A system that rounding makes indefinite gives NaN: its row then keeps its levels.
-    change = scale * jax.scipy.linalg.cho_solve(
-        (jnp.linalg.cholesky(gram), True), (scale * gradient)[:, :, None]
-    ).squeeze(2)
+    change = scale * linalg.solve_blocks(gram, scale * gradient)
     return jnp.where(jnp.isfinite(change).all(1, keepdims=True), change, 0)
 
 

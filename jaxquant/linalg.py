@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 # Raising stops here: a Hessian that is indefinite even with this much damping holds NaN or Inf.
 _MAX_DAMP = 1e3
+_MOST = 64  # rows of a block that recursion is still compiled fast for
 
 
 def damped(hessian: jax.Array, damp: jax.Array | float) -> jax.Array:
@@ -85,6 +86,14 @@ def inverse_of_blocks(blocks: jax.Array) -> jax.Array:
     """Inverses of small positive definite matrices, float32 [..., d, d]."""
     _, inverse = cholesky_blocks(blocks)
     return _product(inverse.mT, inverse)
+
+
+def solve_blocks(blocks: jax.Array, right: jax.Array) -> jax.Array:
+    """Solutions of positive definite systems: blocks float32 [..., d, d] and right sides [..., d] give [..., d]."""
+    if blocks.shape[-1] > _MOST:
+        return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(blocks), True), right[..., None])[..., 0]
+    _, inverse = cholesky_blocks(blocks)
+    return _product(inverse.mT, _product(inverse, right[..., None]))[..., 0]
 
 
 def inverse_of_upper_blocks(blocks: jax.Array) -> jax.Array:

@@ -144,10 +144,10 @@ def test_blocks_do_not_matter_to_descent():
     np.testing.assert_allclose(values, scale * (np.asarray(codes) - zero), atol=1e-6)
 
 
-@pytest.mark.parametrize("d", [1, 2, 3, 8, 13, 32])
+@pytest.mark.parametrize("d", [1, 2, 3, 8, 13, 32, 70])
 def test_factors_of_blocks(d):
     rng = np.random.default_rng(d)
-    root = rng.standard_normal((3, 5, d, d))
+    root = rng.standard_normal((3, 5, d, d)) / np.sqrt(d)
     blocks = root @ root.swapaxes(-1, -2) + 0.1 * np.eye(d)
     factor, inverse = jax.jit(linalg.cholesky_blocks)(f32(blocks))
     expected = np.linalg.cholesky(blocks)
@@ -157,7 +157,10 @@ def test_factors_of_blocks(d):
     np.testing.assert_allclose(
         linalg.inverse_of_blocks(f32(blocks)) @ blocks, np.broadcast_to(np.eye(d), blocks.shape), atol=3e-2
     )
-    upper = np.triu(rng.standard_normal((4, d, d))) + 2 * np.eye(d)
+    right = rng.standard_normal((3, 5, d))
+    solution = np.asarray(linalg.solve_blocks(f32(blocks), f32(right)), np.float64)
+    np.testing.assert_allclose(np.einsum("...ab,...b->...a", blocks, solution), right, atol=3e-2)
+    upper = np.triu(rng.standard_normal((4, d, d))) / d + np.eye(d)
     np.testing.assert_allclose(linalg.inverse_of_upper_blocks(f32(upper)), np.linalg.inv(upper), rtol=1e-3, atol=1e-3)
 
 
