@@ -34,6 +34,12 @@ def lines(axis: Any, series: Series) -> None:
         axis.plot(*zip(*points, strict=True), color=f"C{k % 10}", marker="osD^v<>"[k // 10 % 7], ms=3, lw=1, label=name)
 
 
+def ticks(axis: Any, sizes: set[int]) -> None:
+    """Puts ticks at these sizes alone: labels of others would cover theirs."""
+    axis.set_xticks(sorted(sizes), map(str, sorted(sizes)))
+    axis.set_xticks([], minor=True)
+
+
 def layers(results: list[Result]) -> Any:
     """A panel per problem: bits wasted against bits spent."""
     problems = sorted({r["model"] for r in results})
@@ -73,9 +79,7 @@ def speed(results: list[Result], against: str = "columns") -> Any:
                 series[r["method"]].append((r[against], r[name]))
         lines(axis, {method: sorted(points) for method, points in sorted(series.items())})
         axis.set(xlabel={"columns": "in = out"}.get(against, against), ylabel=label, xscale="log", yscale="log")
-        sizes = sorted({r[against] for r in results})
-        axis.set_xticks(sizes, map(str, sizes))
-        axis.set_xticks([], minor=True)  # their labels would cover each other
+        ticks(axis, {r[against] for r in results})
     axes[0].legend(fontsize=6)
     return figure
 
@@ -91,9 +95,7 @@ def kernels(results: list[Result]) -> Any:
     for axis, (shape, panel) in zip(axes[0], sorted(times.items()), strict=True):
         lines(axis, {name: sorted(panel[name].items()) for name in names})
         axis.set(title="{} x {}".format(*shape), xlabel="tokens", xscale="log", yscale="log")
-        batches = sorted({batch for points in panel.values() for batch in points})
-        axis.set_xticks(batches, map(str, batches))
-        axis.set_xticks([], minor=True)
+        ticks(axis, {batch for points in panel.values() for batch in points})
     axes[0, 0].set_ylabel("microseconds")
     axes[0, -1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -1,10 +1,11 @@
 """What tables of partial products in one or two bytes do to a model: `python -m experiments.table_bytes`. JSON.
 
 The TPU's kernel for few tokens (`kernels.codebook_matmul.tpu`) rounds the table that it looks up, to two bytes, or to one
-if it is asked to. Here a model with additive codes in all linear layers predicts a text with tables rounded by the same
-function, for every token on its own, anywhere: sums of rounded values are what the kernel computes.
+if it is asked to. Here a model with additive codes in all linear layers predicts a text with every product by that
+function, only the sums of looked-up bytes by XLA.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -22,7 +23,7 @@ from experiments.run import commit
 from jaxquant import AQLMConfig, ops
 from jaxquant.checkpoint import describe_config, environment, write_json
 from jaxquant.evaluate import dense_tree, perplexity
-from jaxquant.kernels.codebook_matmul import api, layout, tpu
+from jaxquant.kernels.codebook_matmul import api, tpu
 from jaxquant.serving import for_serving
 from jaxquant.xla import compile_fast
 
@@ -54,29 +55,16 @@ class Arguments:
     results: Path = RESULTS
 
 
-def rounded_sums(
-    x: jax.Array,
-    slots: jax.Array,
-    codebooks: jax.Array,
-    scale: jax.Array | None,
-    *,
-    num_bytes: int,
-    blocks: tuple[int, int],
-    dimension: int,
-    out: int,
-    implementation: str,
-) -> jax.Array:
-    """In place of `codebook_matmul.api.codebook_matmul`: sums of every token's own table, rounded as on a TPU."""
+def lookup_sums(slots: jax.Array, planes: jax.Array) -> jax.Array:
+    """In place of `tpu.lookup_sums`, which needs a TPU to be fast."""
+    codes = jnp.pad(slots.astype(jnp.int32), ((0, planes.shape[1] - len(slots)), (0, 0)))
+    return jax.vmap(lambda plane: jnp.take_along_axis(plane.astype(jnp.int32), codes, axis=1).sum(0))(planes)
+
+
+def rounded_product(*arrays: Any, num_bytes: int, implementation: str, **settings: Any) -> jax.Array:
+    """In place of `codebook_matmul.api.codebook_matmul`: rounded tables for any number of tokens."""
     del implementation
-    row_scale, column_scale = layout.split_scale(scale)
-    table = layout.partial_products(x, codebooks, column_scale, blocks=blocks, dimension=dimension)[0]
-    planes, step = tpu.byte_planes(table, num_bytes)
-    planes = planes.astype(jnp.float32).reshape(num_bytes, len(x), *planes.shape[1:])
-    whole = functools.reduce(lambda sum_, b: sum_ + 256.0**b * planes[b], range(1, num_bytes), planes[0])
-    codes = slots.astype(jnp.int32)[:, :out]
-    sums = jax.vmap(lambda table: jnp.take_along_axis(table, codes, axis=1).sum(0))(whole - 2.0 ** (8 * num_bytes - 1))
-    y = sums * step[:, None]
-    return y if row_scale is None else y * row_scale.astype(jnp.float32)[None, :]
+    return tpu.lookup_matmul(*arrays, num_bytes=num_bytes, **settings)
 
 
 def in_chunks(x: jax.Array, weights: Any, *, norm: Any = None, product: Any) -> list[jax.Array]:
@@ -104,8 +92,15 @@ def main(arguments: list[str] | None = None) -> int:
         if num_bytes is None:
             value = perplexity(task.model, exact, text, batch_size=1)
         else:
-            sums = functools.partial(rounded_sums, num_bytes=num_bytes)
-            with mock.patch.object(ops, "matmul_each", chunked), mock.patch.object(api, "codebook_matmul", sums):
+            product = functools.partial(rounded_product, num_bytes=num_bytes)
+            patches = (
+                (ops, "matmul_each", chunked),
+                (api, "codebook_matmul", product),
+                (tpu, "lookup_sums", lookup_sums),
+            )
+            with contextlib.ExitStack() as stack:
+                for patch in patches:
+                    stack.enter_context(mock.patch.object(*patch))
                 value = perplexity(task.model, packed, text, batch_size=1)
         rows.append({"bytes": num_bytes, "perplexity": value.value, "evaluation": dataclasses.asdict(value)})
         print(json.dumps(rows[-1]), flush=True)

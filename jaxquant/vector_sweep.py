@@ -162,7 +162,7 @@ def coordinate_descent(
     own = diagonal_blocks(hessian, dimension)
     # Upper triangular, H_PP = L L^T, as the search for codes wants it.
     metric, inverse = (x[:, ::-1, ::-1] for x in linalg.cholesky_blocks(own[:, ::-1, ::-1]))
-    inverse = jnp.einsum("gca,gcb->gab", inverse, inverse)
+    inverse = jnp.einsum("gca,gcb->gab", inverse, inverse, precision="highest")
     gain = jnp.einsum("ngb,gbc->ngc", hessian.reshape(n, -1, dimension), inverse).reshape(n, n)
 
     def sweep_block(value, inputs):

@@ -45,6 +45,9 @@ class Case:
     rounding: RTNConfig
     tables: bool = False  # stores more than codes and grids, which on a tiny layer outweighs them
     neighbours: bool = False  # neighbouring rows share a path
+    near_tie: bool = (
+        False  # of two solutions; float rounding decides, and so changes a table and every row that shares it
+    )
 
 
 CASES = {
@@ -61,7 +64,7 @@ CASES = {
     "cmpq": Case(CMPQConfig(8.0, row_classes=2, rounds=2), RTNConfig(1), tables=True),
     "trellis": Case(TrellisConfig(7.5, state_bits=8, outliers=0.0), RTNConfig(1), tables=True, neighbours=True),
     "gptvq": Case(GPTVQConfig(2, 2, group_size=OUT * IN, rounds=2, iterations=5), RTNConfig(2), tables=True),
-    "aqlm": Case(AQLMConfig(2, 4, 4, 2, rounds=2, iterations=5), RTNConfig(2), tables=True),
+    "aqlm": Case(AQLMConfig(2, 4, 4, 2, rounds=2, iterations=5), RTNConfig(2), tables=True, near_tie=True),
     "quantease-paper": Case(QuantEaseConfig.paper(3, iterations=6), RTNConfig(3)),
 }
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -149,11 +152,10 @@ def test_permuted_rows_give_permuted_results(case):
     if case.neighbours:
         pytest.skip("neighbouring rows share a path")
     rng, expected, agree = np.random.default_rng(0), dense(solve(BASE, case)), []
-    for rows in (rng.permutation(OUT) for _ in range(5 if case.tables else 1)):
+    for rows in (rng.permutation(OUT) for _ in range(5)):
         permuted = solve(dataclasses.replace(BASE, weight=BASE.weight[rows]), case)
         agree.append(rows_that_agree(dense(permuted), expected[rows]))
-    # A tie that float rounding decides otherwise changes a table, and with it every row that shares it.
-    assert np.mean(agree) >= (0.6 if case.tables else 0.85), agree
+    assert (np.median if case.near_tie else np.min)(agree) >= 0.85, agree
 
 
 @every

@@ -220,14 +220,13 @@ def test_on_a_gpu(name):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((tokens, weight.shape[1])), dtype)
     served = for_serving(weight, "gpu")
     expected = np.asarray(x, np.float64) @ np.asarray(dequantize(weight), np.float64).T
+    rounding = {"float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}[dtype]  # of results
     products = [functools.partial(matmul, implementation="gpu")]
     if isinstance(served, BankedTensor):
         products.append(by_lookup)
     for product in map(jax.jit, products):
         y = product(x, served)
-        assert (
-            relative(y, expected) < {"float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}[dtype]
-        )  # rounding of results
+        assert relative(y, expected) < rounding
         for _ in range(20):
             np.testing.assert_array_equal(product(x, served), y)
 
