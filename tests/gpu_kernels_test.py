@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxquant import CodebookTensor, matmul
-from jaxquant.kernels.codebook_matmul import api as codebook_api
 from jaxquant.kernels.codebook_matmul import gpu, gpu_gather, gpu_gather_plan, gpu_plan, layout
 from jaxquant.kernels.codebook_matmul.gpu_plan import BlockConfig, block_config
 from jaxquant.kernels.codebook_matmul.layout import SET
@@ -233,8 +232,7 @@ def test_on_a_gpu(name):
 
 @needs_mosaic
 @pytest.mark.parametrize("norm", [None, RMSNorm(jnp.ones(576, jnp.bfloat16), 1e-5)])
-def test_weights_with_one_input_are_one_launch(norm, monkeypatch):
-    monkeypatch.setattr(codebook_api, "GATHER_NORMS", True)
+def test_weights_with_one_input_are_one_launch(norm):
     weights = [banked_tensor(additive(n, 576)) for n in (96, 40, 40)]
     x = jax.ShapeDtypeStruct((1, 576), jnp.bfloat16)
     product = jax.jit(lambda x, weights: matmul_each(x, weights, "gpu", norm=norm))
@@ -246,8 +244,7 @@ def test_weights_with_one_input_are_one_launch(norm, monkeypatch):
 @needs_mosaic
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_several_weights_on_a_gpu(tokens, monkeypatch):
-    monkeypatch.setattr(codebook_api, "GATHER_NORMS", True)
+def test_several_weights_on_a_gpu(tokens):
     weights = [additive(n, 576) for n in (576, 192, 40)]
     rng = np.random.default_rng(0)
     x, norm = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((tokens, 576), (576,)))

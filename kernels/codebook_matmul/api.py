@@ -10,7 +10,6 @@ import jax.numpy as jnp
 # Beyond these the tables cost more than they save; on TPUs and GPUs other kernels decode then.
 CPU_TOKENS, TPU_TABLE_TOKENS, TPU_TOKENS, GPU_TOKENS = 4, 4, 128, 8
 GATHER_SIZE = 2**21  # weights, up to which a GPU gathers entries rather than products
-GATHER_NORMS = False  # whether it normalises its inputs: not before that has run on a GPU
 # Decoding holds all inputs in a TPU's fast memory, once per codebook: tokens * in * M.
 TPU_INPUTS = 3_500_000
 
@@ -130,7 +129,7 @@ def _gather_plan(x: Any, weights: Sequence[Weight], norm: Any, dimension: int, d
 
 def normalises(x: Any, weights: Sequence[Weight], norm_weight: Any, *, dimension: int, dtype: Any) -> bool:
     """Whether `banked_matmuls` can normalise these inputs."""
-    return GATHER_NORMS and _gather_plan(x, weights, (norm_weight, (0.0, 0.0)), dimension, dtype) is not None
+    return _gather_plan(x, weights, (norm_weight, (0.0, 0.0)), dimension, dtype) is not None
 
 
 @functools.partial(jax.jit, static_argnames=("norm", "dimension", "dtype"))  # layers of one shape are lowered once
