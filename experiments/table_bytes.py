@@ -67,13 +67,16 @@ def rounded_product(*arrays: Any, num_bytes: int, implementation: str, **setting
     return tpu.lookup_matmul(*arrays, num_bytes=num_bytes, **settings)
 
 
-def in_chunks(x: jax.Array, weights: Any, *, norm: Any = None, product: Any) -> list[jax.Array]:
+def in_chunks(
+    x: jax.Array, weights: Any, *, prologue: Any = None, residual: jax.Array | None = None, product: Any
+) -> list[jax.Array]:
     """In place of `ops.matmul_each`: the TPU's way of doing it, a few tokens at a time."""
-    x = x if norm is None else norm(x)
+    x = x if prologue is None else prologue(x)
     flat = x.reshape(-1, x.shape[-1])
     chunks = jnp.pad(flat, ((0, -len(flat) % _TOKENS), (0, 0))).reshape(-1, _TOKENS, x.shape[-1])
     results = jax.lax.map(lambda chunk: product(chunk, weights, "tpu"), chunks)
-    return [y.reshape(-1, y.shape[-1])[: len(flat)].reshape(*x.shape[:-1], -1) for y in results]
+    results = [y.reshape(-1, y.shape[-1])[: len(flat)].reshape(*x.shape[:-1], -1) for y in results]
+    return results if residual is None else [residual + y for y in results]
 
 
 def main(arguments: list[str] | None = None) -> int:

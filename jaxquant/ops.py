@@ -16,8 +16,8 @@ import numpy as np
 from jaxquant.codebook_tensor import ColumnTensor
 from jaxquant.kernels.codebook_matmul import api as codebook_api
 from jaxquant.kernels.uniform_matmul import api as uniform_api
-from jaxquant.norm import RMSNorm
 from jaxquant.outliers import ColumnOutlierTensor
+from jaxquant.prologue import Prologue
 from jaxquant.serving import (
     BankedTensor,
     LevelWordTensor,
@@ -70,17 +70,34 @@ def matmul_each(
     weights: Sequence[jax.Array | QuantizedTensor],
     implementation: Implementation | None = None,
     *,
-    norm: RMSNorm | None = None,
+    prologue: Prologue | None = None,
+    residual: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """Returns [x @ weight.T for each weight], see `matmul`, in one launch where a kernel can do several.
+    """Returns [residual + prologue(x) @ weight.T for each weight], in one launch where a kernel can.
 
-    If a norm is given, x is normalised first: by the kernel, in float32 throughout, where it can.
+    Such a kernel computes in float32 throughout.
+
+    Args:
+      x: see `matmul`.
+      weights: see `matmul`.
+      implementation: see `matmul`.
+      prologue: what is done to x first, or None.
+      residual: float [..., out] of the only weight, in the dtype of `x`, or None.
+
+    Returns:
+      Of each weight [..., out] in the dtype of `x`, differentiable as that of `matmul`, and in prologue and residual.
+
+    Raises:
+      ValueError: see `matmul`; a residual for several weights, or one of another shape.
     """
+    if residual is not None and [residual.shape] != [(*x.shape[:-1], weight.shape[0]) for weight in weights]:
+        shapes = [tuple(weight.shape) for weight in weights]
+        raise ValueError(f"residual: expected the result's shape for x {x.shape} and {shapes}, got {residual.shape}")
     for weight in weights:
         if x.shape[-1] != weight.shape[-1]:
             raise ValueError(f"matmul: expected x [..., {weight.shape[-1]}] for a weight {weight.shape}, got {x.shape}")
     tokens = x.size // max(1, x.shape[-1])
-    names = [implementation or choose(weight, tokens=tokens) for weight in weights]
+    names: list[Implementation] = [implementation or choose(weight, tokens=tokens) for weight in weights]
     for weight, name in zip(weights, names, strict=True):
         if reason := supports(weight, name, tokens=tokens):
             raise ValueError(f'matmul: implementation "{name}": {reason}')
@@ -88,12 +105,14 @@ def matmul_each(
         name != "reference" and isinstance(weight, QuantizedTensor) for weight, name in zip(weights, names, strict=True)
     ]
     if all(by_kernel):
-        return list(_by_kernel(x, tuple(weights), norm, names[0]))
-    x = x if norm is None else norm(x)
+        rows: list[Any] = [jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), a) for a in (x, prologue, residual)]
+        results = _by_kernel(rows[0], tuple(weights), rows[1], rows[2], names[0])
+        return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in results]
+    x = x if prologue is None else prologue(x)
     results = []
     for weight, name, kernel in zip(weights, names, by_kernel, strict=True):
-        results += list(_by_kernel(x, (weight,), None, name)) if kernel else [_reference(x, weight)]
-    return results
+        results += matmul_each(x, (weight,), name) if kernel else [_reference(x, weight)]
+    return results if residual is None else [residual + y for y in results]
 
 
 def supports(weight: Any, implementation: str, *, tokens: int = 1) -> str | None:
@@ -178,26 +197,27 @@ def _reference(x: jax.Array, weight: Any) -> jax.Array:
     return jnp.einsum("...i,oi->...o", x, dense(weight).astype(x.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _by_kernel(
-    x: jax.Array, weights: tuple[Any, ...], norm: RMSNorm | None, implementation: str
+    x: jax.Array,
+    weights: tuple[Any, ...],
+    prologue: Prologue | None,
+    residual: jax.Array | None,
+    implementation: str,
 ) -> tuple[jax.Array, ...]:
-    results = _products(x.reshape(-1, x.shape[-1]), weights, norm, implementation, x.dtype)
-    return tuple(y.astype(x.dtype).reshape(*x.shape[:-1], y.shape[-1]) for y in results)
+    results = _products(x, weights, prologue, residual, implementation, x.dtype)
+    return tuple(y.astype(x.dtype) for y in results)
 
 
-def _by_kernel_forward(
-    x: jax.Array, weights: tuple[Any, ...], norm: RMSNorm | None, implementation: str
-) -> tuple[Any, Any]:
-    return _by_kernel(x, weights, norm, implementation), (x, weights, norm)
+def _by_kernel_forward(x: jax.Array, *arguments: Any) -> tuple[Any, Any]:
+    return _by_kernel(x, *arguments), (x, *arguments[:-1])
 
 
 def _by_kernel_backward(implementation: str, saved: Any, gradients: tuple[jax.Array, ...]) -> tuple[Any, ...]:
     del implementation
 
-    def reference(x: jax.Array, weights: tuple[Any, ...], norm: RMSNorm | None) -> tuple[jax.Array, ...]:
-        x = x if norm is None else norm(x)
-        return tuple(_reference(x, weight) for weight in weights)
+    def reference(x: jax.Array, weights: tuple[Any, ...], prologue: Prologue | None, residual: Any) -> Any:
+        return tuple(matmul_each(x, weights, "reference", prologue=prologue, residual=residual))
 
     return jax.vjp(reference, *saved)[1](gradients)
 
@@ -206,19 +226,22 @@ _by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
 
 
 def _products(
-    x: jax.Array, weights: tuple[Any, ...], norm: RMSNorm | None, implementation: str, dtype: Any
+    x: jax.Array,
+    weights: tuple[Any, ...],
+    prologue: Prologue | None,
+    residual: jax.Array | None,
+    implementation: str,
+    dtype: Any,
 ) -> list[jax.Array]:
-    """Returns [_product(...) for each weight] of x, normalised if a norm is given."""
+    """Returns [residual + _product(prologue(x), ...) for each weight]."""
     banked = [weight for weight in weights if isinstance(weight, BankedTensor)]
     if implementation == "gpu" and len(banked) == len(weights) and len({weight.dimension for weight in banked}) == 1:
         arrays = [(weight.words, dense(weight.codebooks), weight.scale) for weight in banked]
         settings: dict[str, Any] = {"dimension": banked[0].dimension, "dtype": dtype}
-        if norm is not None and not codebook_api.normalises(x, arrays, norm.weight, **settings):
-            x, norm = norm(x), None
-        given = (None, None) if norm is None else (norm.weight, (norm.eps, norm.offset))
-        return codebook_api.banked_matmuls(x, arrays, *given, **settings)
-    x = x if norm is None else norm(x)
-    return [_product(x, weight, implementation, dtype) for weight in weights]
+        return codebook_api.banked_matmuls(x, arrays, prologue, residual, **settings)
+    x = x if prologue is None else prologue(x)
+    results = [_product(x, weight, implementation, dtype) for weight in weights]
+    return results if residual is None else [residual + y.astype(residual.dtype) for y in results]
 
 
 def _product(x: jax.Array, weight: Any, implementation: str, dtype: Any = jnp.float32) -> jax.Array:
@@ -272,7 +295,7 @@ def _leaf(x: jax.Array, weight: Any, implementation: str, dtype: Any) -> jax.Arr
     if isinstance(weight, CodebookTensor) and implementation == "gpu":
         weight = banked_tensor(weight)
     if isinstance(weight, BankedTensor):
-        (y,) = _products(x, (weight,), None, implementation, dtype)
+        (y,) = _products(x, (weight,), None, None, implementation, dtype)
         return y
     if isinstance(weight, UniformTensor):
         weight = word_tensor(weight)

@@ -133,6 +133,16 @@ def rsqrt(x: Value) -> Value:
     return _ptx("rsqrt.approx.f32 $0, $1;", (x,), [ir.F32Type.get()], pure=True)[0]
 
 
+def exp2(x: Value) -> Value:
+    """2^x of a float32, to 2 units in the last place."""
+    return _ptx("ex2.approx.f32 $0, $1;", (x,), [ir.F32Type.get()], pure=True)[0]
+
+
+def reciprocal(x: Value) -> Value:
+    """One over a float32, to a unit in the last place."""
+    return _ptx("rcp.approx.f32 $0, $1;", (x,), [ir.F32Type.get()], pure=True)[0]
+
+
 def select(condition: Value, a: Value, b: Value) -> Value:
     """`a` where the condition holds, else `b`."""
     return arith.select(condition, a, b)

@@ -17,8 +17,8 @@ from jaxquant import CodebookTensor, matmul
 from jaxquant.kernels.codebook_matmul import gpu, gpu_gather, gpu_gather_plan, gpu_plan, layout
 from jaxquant.kernels.codebook_matmul.gpu_plan import BlockConfig, block_config
 from jaxquant.kernels.codebook_matmul.layout import SET
-from jaxquant.norm import RMSNorm
 from jaxquant.ops import choose, matmul_each, supports
+from jaxquant.prologue import ACTIVATIONS, Gate, RMSNorm
 from jaxquant.serving import BankedTensor, banked_tensor, for_serving, from_serving
 from tests.gpu_model import Model
 from tests.ops_test import TENSORS, additive, dequantize, relative
@@ -73,19 +73,21 @@ def test_the_program_of_threads(name, monkeypatch):
     assert most == 1
 
 
-def gathered(x, weight, monkeypatch, norm=None):
+def gathered(x, weight, monkeypatch, prologue=None, residual=None):
     """The result of the gathering kernel, by `tests.gpu_model`."""
     arrays = [None if part is None else np.asarray(part) for part in (weight.words, weight.codebooks, weight.scale)]
-    plan = gpu_gather_plan.make_plan(x, [arrays], norm, dimension=weight.dimension, dtype=np.float32)
+    settings = {"dimension": weight.dimension, "dtype": np.float32}
+    plan = gpu_gather_plan.make_plan(x, [arrays], prologue, residual, **settings)
     y = np.full((len(x), weight.shape[0]), np.nan, np.float32)
+    given = {"scale": arrays[2], "prologue": next(iter(jax.tree.leaves(prologue)), None), "residual": residual}
+    given = {name: np.asarray(array) for name, array in given.items() if array is not None}
     for block, chunk in np.ndindex(plan.blocks(weight.shape[0]), -(-len(x) // plan.chunk)):
         model = Model(1, plan.threads)
         model.patch(monkeypatch)
         addresses = [*map(model.global_, (x, *arrays[:2], y)), *(model.shared(4 * size) for size in plan.shared)]
-        scale = None if arrays[2] is None else model.global_(arrays[2].reshape(-1))
-        norm_weight = None if norm is None else model.global_(norm[0])
+        pointers = {name: model.global_(array.reshape(-1)) for name, array in given.items()}
         place = np.full(model.count, block), np.full(model.count, chunk)
-        gpu_gather.ThreadProgram(plan, place, weight.shape[0], addresses, scale, norm_weight).run()
+        gpu_gather.ThreadProgram(plan, place, weight.shape[0], addresses, pointers).run()
     return y
 
 
@@ -108,19 +110,47 @@ def test_the_program_of_gathering_threads(name, dtype, monkeypatch):
     assert relative(y, x.astype(np.float64) @ np.asarray(dequantize(weight), np.float64).T) < 1e-6
 
 
-def normalised(x, weight, eps, offset):
+def expected_product(x, weight, prologue=None, residual=None):
+    """In float64."""
     x = np.asarray(x, np.float64)
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * (np.asarray(weight, np.float64) + offset)
+    if isinstance(prologue, RMSNorm):
+        scale = np.asarray(prologue.weight, np.float64) + prologue.offset
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + prologue.eps) * scale
+    if isinstance(prologue, Gate):
+        with jax.enable_x64(True):
+            x = x * np.asarray(ACTIVATIONS[prologue.activation](jnp.asarray(prologue.gate, jnp.float64)))
+    y = x @ np.asarray(dequantize(weight), np.float64).T
+    return y if residual is None else y + np.asarray(residual, np.float64)
 
 
-@pytest.mark.parametrize(("weight", "tokens"), [(additive(40, 1100), 3), (additive(40, 64, scaled=False), 1)])
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_the_gathering_kernel_normalises(weight, tokens, offset, monkeypatch):
+def prologues(columns, tokens, dtype=np.float32):
+    """One of every kind."""
+    rng = np.random.default_rng(1)
+    weight = rng.standard_normal(columns).astype(dtype)
+    gate = (20 * rng.standard_normal((tokens, columns))).astype(dtype)
+    return {
+        "norm": RMSNorm(weight, 0.5),
+        "norm with offset": RMSNorm(weight, 0.5, 1.0),
+        "silu": Gate(gate, "silu"),
+        "gelu": Gate(gate / 8, "gelu_tanh"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("weight", "tokens"),
+    [
+        (additive(40, 1100), 3),
+        (additive(40, 64, scaled=False), 1),
+        (dataclasses.replace(additive(40, 200, scaled=False), scale=jnp.full((1, 25), 1.5)), 1),
+    ],
+)
+@pytest.mark.parametrize("name", prologues(8, 1))
+def test_the_gathering_kernel_has_prologues(weight, tokens, name, monkeypatch):
     rng = np.random.default_rng(0)
-    x = 3 * rng.standard_normal((tokens, weight.shape[1])).astype(np.float32)
-    norm = rng.standard_normal(weight.shape[1]).astype(np.float32)
-    y = gathered(x, banked_tensor(weight), monkeypatch, (norm, (0.5, offset)))
-    assert relative(y, normalised(x, norm, 0.5, offset) @ np.asarray(dequantize(weight), np.float64).T) < 1e-6
+    x, residual = (3 * rng.standard_normal((tokens, n)).astype(np.float32) for n in weight.shape[::-1])
+    prologue = prologues(weight.shape[1], tokens)[name]
+    y = gathered(x, banked_tensor(weight), monkeypatch, prologue, residual)
+    assert relative(y, expected_product(x, weight, prologue, residual)) < 1e-6
 
 
 def test_scales_of_columns_and_half_precision(monkeypatch):
@@ -231,29 +261,33 @@ def test_on_a_gpu(name):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("norm", [None, RMSNorm(jnp.ones(576, jnp.bfloat16), 1e-5)])
-def test_weights_with_one_input_are_one_launch(norm):
-    weights = [banked_tensor(additive(n, 576)) for n in (96, 40, 40)]
-    x = jax.ShapeDtypeStruct((1, 576), jnp.bfloat16)
-    product = jax.jit(lambda x, weights: matmul_each(x, weights, "gpu", norm=norm))
+@pytest.mark.parametrize("name", [None, *prologues(8, 1)])
+@pytest.mark.parametrize("outs", [(96, 40, 40), (96,)])
+def test_products_of_one_input_are_one_launch(name, outs):
+    weights = [banked_tensor(additive(n, 576)) for n in outs]
+    x = jnp.ones((1, 2, 576), jnp.bfloat16)
+    prologue = None if name is None else jax.tree.map(jnp.asarray, prologues(576, 2, jnp.bfloat16)[name])
+    residual = jnp.ones((1, 2, 96), jnp.bfloat16) if len(outs) == 1 else None
+    product = jax.jit(lambda x, weights: matmul_each(x, weights, "gpu", prologue=prologue, residual=residual))
     text = product.trace(x, weights).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call @") == 1
-    assert text.count("stablehlo.rsqrt") == 0
+    for apart in ("rsqrt", "multiply", "add ", "logistic", "tanh"):
+        assert f"stablehlo.{apart}" not in text
 
 
 @needs_mosaic
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_several_weights_on_a_gpu(tokens):
-    weights = [additive(n, 576) for n in (576, 192, 40)]
+@pytest.mark.parametrize("name", [None, *prologues(8, 1)])
+@pytest.mark.parametrize("outs", [(576, 192, 40), (576,)])
+def test_fused_products_on_a_gpu(tokens, name, outs):
+    weights = [additive(n, 576) for n in outs]
     rng = np.random.default_rng(0)
-    x, norm = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((tokens, 576), (576,)))
-    served = for_serving(weights, "gpu")
-    for own, inputs in ((None, x), (RMSNorm(norm, 0.5), normalised(x, norm, 0.5, 0.0))):
-        product = jax.jit(functools.partial(matmul_each, implementation="gpu", norm=own))
-        for y, weight in zip(product(x, served), weights, strict=True):
-            expected = np.asarray(inputs, np.float64) @ np.asarray(dequantize(weight), np.float64).T
-            assert relative(y, expected) < 2e-6
+    x, residual = (rng.standard_normal((tokens, 576)).astype(np.float32) for _ in range(2))
+    given = {"prologue": prologues(576, tokens).get(name), "residual": residual if len(outs) == 1 else None}
+    product = jax.jit(functools.partial(matmul_each, implementation="gpu"))
+    for y, weight in zip(product(x, for_serving(weights, "gpu"), **given), weights, strict=True):
+        assert relative(y, expected_product(x, weight, **given)) < 2e-6
 
 
 REFUSALS = [

@@ -75,6 +75,8 @@ class Model:
     fmul = staticmethod(lambda a, b: a * b)
     fma = staticmethod(lambda a, b, c: a * b + c)
     rsqrt = staticmethod(lambda x: 1 / np.sqrt(x))
+    exp2 = staticmethod(np.exp2)
+    reciprocal = staticmethod(lambda x: 1 / x)
     select = staticmethod(np.where)
 
     def split(self, x):

@@ -1,7 +1,5 @@
 """Products with quantized weights: every type and implementation against float64, gradients, and refusals."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +9,9 @@ from hypothesis import strategies as st
 
 from jaxquant import ConcatTensor, UniformTensor, matmul, pack
 from jaxquant.codebook_tensor import ColumnTensor, log_scale
-from jaxquant.norm import RMSNorm
 from jaxquant.ops import matmul_each, supports
 from jaxquant.outliers import ColumnOutlierTensor
+from jaxquant.prologue import Gate, RMSNorm
 from jaxquant.serving import for_serving
 from jaxquant.tensors import pack_order, with_outliers
 from tests.tensors_test import codebook_tensor
@@ -161,26 +159,50 @@ def test_inner_sizes():
         matmul(jnp.ones((2, 31)), additive())
 
 
+PROLOGUES = {
+    "norm": (
+        RMSNorm(np.zeros(64), 0.5, 1.0),
+        lambda x, w: x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 0.5) * (w + 1),
+    ),
+    "silu": (Gate(np.zeros((3, 64)), "silu"), lambda x, gate: gate / (1 + jnp.exp(-gate)) * x),
+    "gelu": (
+        Gate(np.zeros((3, 64)), "gelu_tanh"),
+        lambda x, gate: gate / 2 * (1 + jnp.tanh((2 / np.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * x,
+    ),
+}
+
+
 @pytest.mark.parametrize("implementation", [None, "reference", "cpu"])
-def test_several_products_of_one_normalised_input(implementation):
+@pytest.mark.parametrize("name", PROLOGUES)
+@pytest.mark.parametrize("outs", [(24, 40), (24,)])
+def test_prologues_and_residuals(implementation, name, outs):
     rng = np.random.default_rng(0)
-    weights = [for_serving(additive(n, 64), "cpu") for n in (24, 40)]
-    x, weight = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((3, 64), (64,)))
-    norm = RMSNorm(weight, 0.5, 1.0)
+    weights = [for_serving(additive(n, 64), "cpu") for n in outs]
+    prologue, formula = PROLOGUES[name]
+    x, residual = (jnp.asarray(rng.standard_normal((3, n)), jnp.float32) for n in (64, 24))
+    prologue = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape), jnp.float32), prologue)
 
-    def together(x, weight):
-        given = dataclasses.replace(norm, weight=weight)
-        return matmul_each(x, weights, implementation, norm=given)
+    def together(x, prologue, residual):
+        given = residual if len(outs) == 1 else None
+        return matmul_each(x, weights, implementation, prologue=prologue, residual=given)
 
-    def apart(x, weight):
-        y = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 0.5) * (weight + 1)[None, :]
-        return [y @ w.dequantize().T for w in weights]
+    def apart(x, prologue, residual):
+        given = residual if len(outs) == 1 else 0.0
+        with jax.numpy_rank_promotion("allow"):
+            y = formula(x, *jax.tree.leaves(prologue))
+        return [y @ w.dequantize().T + given for w in weights]
 
-    results, transposed = jax.vjp(together, x, weight)
-    expected, expected_transposed = jax.vjp(apart, x, weight)
+    results, transposed = jax.vjp(together, x, prologue, residual)
+    expected, expected_transposed = jax.vjp(apart, x, prologue, residual)
     for a, b in zip(
         jax.tree.leaves((results, transposed(results))),
         jax.tree.leaves((expected, expected_transposed(expected))),
         strict=True,
     ):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(b).max(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("outs", "shape"), [((24,), (2, 23)), ((24, 24), (2, 24))])
+def test_a_residual_is_of_one_result(outs, shape):
+    with pytest.raises(ValueError, match="residual: expected the result's shape"):
+        matmul_each(jnp.ones((2, 32)), [additive(n) for n in outs], residual=jnp.ones(shape))

@@ -15,10 +15,9 @@ import numpy as np
 
 from jaxquant import ops
 from jaxquant.models.base import GROUPS, Model, ModelConfig
-from jaxquant.norm import RMSNorm
+from jaxquant.prologue import ACTIVATIONS, Gate, Prologue, RMSNorm
 
 MAX_SCORES = 2**26  # attention scores held at once, in elements (256 MiB in f32)
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 @functools.cache
@@ -53,13 +52,23 @@ def linear(layer: Any, x: jax.Array) -> jax.Array:
     return linears([layer], x)[0]
 
 
-def linears(layers: Sequence[Any], x: jax.Array, norm: RMSNorm | None = None) -> list[jax.Array]:
-    """`linear` of one x, normalised first if a norm is given, with several layers."""
-    results = ops.matmul_each(x, [layer["weight"] for layer in layers], norm=norm)
+def linears(layers: Sequence[Any], x: jax.Array, prologue: Prologue | None = None) -> list[jax.Array]:
+    """`linear` of one x, or of prologue(x), with several layers."""
+    results = ops.matmul_each(x, [layer["weight"] for layer in layers], prologue=prologue)
     return [
         y + jnp.broadcast_to(layer["bias"].astype(y.dtype), y.shape) if "bias" in layer else y
         for layer, y in zip(layers, results, strict=True)
     ]
+
+
+def add_linear(
+    config: ModelConfig, hidden: jax.Array, layer: Any, x: jax.Array, norm: Any, prologue: Prologue | None = None
+) -> jax.Array:
+    """Hidden [..., out] + norm(linear(prologue(x))); `norm` is there where the configuration has norms after layers."""
+    if not config.post_norms and "bias" not in layer:
+        return ops.matmul_each(x, [layer["weight"]], prologue=prologue, residual=hidden)[0]
+    (out,) = linears([layer], x, prologue)
+    return hidden + (rms_norm(config, norm, out) if config.post_norms else out)
 
 
 def make_norm(config: ModelConfig, norm: Any) -> RMSNorm:
@@ -175,14 +184,13 @@ def attend_cached(config: ModelConfig, q: jax.Array, cache: Any, kind: str, star
 
 def add_attention(config: ModelConfig, block: Any, hidden: jax.Array, mixed: jax.Array) -> jax.Array:
     """The residual stream after attention, from what `attention` returned."""
-    out = linear(block["attn"]["o"], mixed)
-    return hidden + (rms_norm(config, block["post_attn_norm"], out) if config.post_norms else out)
+    return add_linear(config, hidden, block["attn"]["o"], mixed, block.get("post_attn_norm"))
 
 
-def gated(config: ModelConfig, mlp: Any, x: jax.Array, norm: RMSNorm | None = None) -> jax.Array:
-    """Input of the down projection [batch, time, intermediate_size] from x [batch, time, hidden_size], see `project`."""
+def gate_and_up(config: ModelConfig, mlp: Any, x: jax.Array, norm: RMSNorm | None = None) -> tuple[Gate, jax.Array]:
+    """What makes the input of the down projection, and of what [batch, time, intermediate_size]; see `project`."""
     gate, up = linears([mlp["gate"], mlp["up"]], x, norm)
-    return ACTIVATIONS[config.activation](gate) * up
+    return Gate(gate, config.activation), up
 
 
 def transformer_block(config: ModelConfig, block: Any, hidden: jax.Array, kind: str) -> jax.Array:
@@ -193,8 +201,8 @@ def transformer_block(config: ModelConfig, block: Any, hidden: jax.Array, kind: 
 
 def add_mlp(config: ModelConfig, block: Any, hidden: jax.Array) -> jax.Array:
     """The residual stream after the MLP."""
-    out = linear(block["mlp"]["down"], gated(config, block["mlp"], hidden, make_norm(config, block["mlp_norm"])))
-    return hidden + (rms_norm(config, block["post_mlp_norm"], out) if config.post_norms else out)
+    gate, up = gate_and_up(config, block["mlp"], hidden, make_norm(config, block["mlp_norm"]))
+    return add_linear(config, hidden, block["mlp"]["down"], up, block.get("post_mlp_norm"), gate)
 
 
 def cached_block(
@@ -235,7 +243,10 @@ def capture(config: ModelConfig, block: Any, hidden: jax.Array, kind: str, group
     if "attn/o" in group:
         return mixed
     x = rms_norm(config, block["mlp_norm"], add_attention(config, block, hidden, mixed))
-    return x if "mlp/gate" in group else gated(config, block["mlp"], x)
+    if "mlp/gate" in group:
+        return x
+    gate, up = gate_and_up(config, block["mlp"], x)
+    return gate(up)
 
 
 def embed(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:

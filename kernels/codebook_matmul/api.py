@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant.prologue import Prologue
+
 # Beyond these the tables cost more than they save; on TPUs and GPUs other kernels decode then.
 CPU_TOKENS, TPU_TABLE_TOKENS, TPU_TOKENS, GPU_TOKENS = 4, 4, 128, 8
 GATHER_SIZE = 2**21  # weights, up to which a GPU gathers entries rather than products
@@ -118,49 +120,46 @@ def codebook_matmul(
 Weight = tuple[jax.Array, jax.Array, jax.Array | None]  # words, codebooks and scale of a product on a GPU
 
 
-def _gather_plan(x: Any, weights: Sequence[Weight], norm: Any, dimension: int, dtype: Any) -> Any:
+def _gather_plan(x: Any, weights: Sequence[Weight], prologue: Any, residual: Any, dimension: int, dtype: Any) -> Any:
     """The plan of `gpu_gather` for products with few tokens and small weights that it can do together, otherwise None."""
     from jaxquant.kernels.codebook_matmul.gpu_gather_plan import make_plan
 
     if len(x) > GPU_TOKENS or any(x.shape[1] * words.shape[1] > GATHER_SIZE for words, _, _ in weights):
         return None
-    return make_plan(x, weights, norm, dimension=dimension, dtype=dtype)
+    return make_plan(x, weights, prologue, residual, dimension=dimension, dtype=dtype)
 
 
-def normalises(x: Any, weights: Sequence[Weight], norm_weight: Any, *, dimension: int, dtype: Any) -> bool:
-    """Whether `banked_matmuls` can normalise these inputs."""
-    return _gather_plan(x, weights, (norm_weight, (0.0, 0.0)), dimension, dtype) is not None
-
-
-@functools.partial(jax.jit, static_argnames=("norm", "dimension", "dtype"))  # layers of one shape are lowered once
+@functools.partial(jax.jit, static_argnames=("dimension", "dtype"))  # layers of one shape are lowered once
 def banked_matmuls(
     x: jax.Array,
     weights: Sequence[Weight],
-    norm_weight: jax.Array | None = None,
-    norm: tuple[float, float] | None = None,
+    prologue: Prologue | None = None,
+    residual: jax.Array | None = None,
     *,
     dimension: int,
     dtype: jnp.dtype,
 ) -> list[jax.Array]:
-    """Returns x @ W.T by the GPU kernels for several weights, each [tokens, out] of `dtype`.
+    """Returns residual + prologue(x) @ W.T by the GPU kernels for several weights, each [tokens, out] of `dtype`.
 
     Args:
       x: float [tokens, in].
       weights: see `gpu.lookup_matmul`, `gpu_batch.decode_matmul` and `gpu_gather.gather_matmul`.
-      norm_weight: float [in] of a norm of the inputs, or None; only if `normalises`.
-      norm: (eps, offset) of the norm, or None.
+      prologue: what is done to x first, or None.
+      residual: float [tokens, out] of the only weight, of `dtype`, or None.
       dimension: d.
       dtype: of the results.
     """
     from jaxquant.kernels.codebook_matmul import gpu, gpu_batch, gpu_gather
 
     settings: dict[str, Any] = {"dimension": dimension, "dtype": dtype}
-    plan = _gather_plan(x, weights, None if norm is None else (norm_weight, norm), **settings)
+    plan = _gather_plan(x, weights, prologue, residual, **settings)
     if plan is not None:
-        return gpu_gather.gather_matmul(plan, x, weights, norm_weight)
-    assert norm is None
+        return gpu_gather.gather_matmul(plan, x, weights, prologue, residual)
+    x = x if prologue is None else prologue(x)
     if len(weights) > 1:
         return [banked_matmuls(x, [weight], **settings)[0] for weight in weights]
     if len(x) > GPU_TOKENS:
-        return [gpu_batch.decode_matmul(x, *weights[0], dtype=dtype)]
-    return [gpu.lookup_matmul(x, *weights[0], **settings)]
+        y = gpu_batch.decode_matmul(x, *weights[0], dtype=dtype)
+    else:
+        y = gpu.lookup_matmul(x, *weights[0], **settings)
+    return [y if residual is None else residual + y]

@@ -6,14 +6,16 @@ of four codes, a word of `layout.banked_words`, with their groups of inputs. All
 
 What such a product takes is latency. So all that a block reads of global memory it asks for at once, there are no more
 blocks than multiprocessors, and products of one input with several weights are one launch, whose blocks know from their
-index which weight they have. A norm of the input is a scale of its columns, and one of the result that is known in time.
+index which weight they have. A norm of the input is a scale of its columns, and one of the result that is known in time;
+a gate is a scale of all inputs. A residual is asked for in the beginning and added in the end.
 
 A warp has 8 outputs and the 4 words of a line of each; lines are dealt out to the warps of these outputs, whose sums are
 added up in a fixed order.
 """
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxquant.kernels import gpu_threads as t
 from jaxquant.kernels.codebook_matmul.gpu_gather_plan import OUTPUTS, PIECE, WARP, WARPGROUP, Plan, Weight
 from jaxquant.kernels.codebook_matmul.layout import LANES
+from jaxquant.prologue import Prologue
 
 
 class ThreadProgram:
@@ -35,8 +38,8 @@ class ThreadProgram:
       out: outputs of the weight.
       addresses: of x [tokens, in], words [lines, out, 4], codebooks [M, K * d] and y [tokens, out], and of the block's
         inputs, codebooks and sums.
-      scale: address of the scale, if there is one.
-      norm: address of the weight of the norm [in], if there is one.
+      given: addresses of "scale", "prologue" (norm's weight [in] or gate [tokens, in]) and "residual" [tokens, out], if
+        there are such.
     """
 
     def __init__(
@@ -45,10 +48,9 @@ class ThreadProgram:
         place: tuple[t.Value, t.Value],
         out: t.Int,
         addresses: Sequence[t.Value],
-        scale: t.Value | None,
-        norm: t.Value | None,
+        given: Mapping[str, t.Value],
     ):
-        self.plan, self.out, self.scale, self.norm = plan, out, scale, norm
+        self.plan, self.out, self.given = plan, out, given
         block, self.chunk = place
         self.x, self.words, self.books, self.y, self.inputs, self.entries, self.sums = addresses
         self.thread, self.place = t.thread_index(), t.warp_index()
@@ -61,7 +63,7 @@ class ThreadProgram:
     def run(self) -> None:
         """Everything."""
         words = [self.load_word(turn) for turn in range(self.plan.turns)]
-        books, inputs, factor = self.load_books(), self.load_inputs(), self.load_factor()
+        books, inputs, epilogue = self.load_books(), self.load_inputs(), self.load_epilogue()
         for inside, values, place in books:
             with t.when(inside):
                 t.store_four(values, place)
@@ -72,7 +74,7 @@ class ThreadProgram:
             sums = self.add_products(turn, word, sums)
         self.store_sums(sums)
         t.block_barrier()
-        self.finish(factor)
+        self.finish(epilogue)
 
     def line(self, turn: int) -> t.Value:
         """The warp's line of a turn; there may be no such line."""
@@ -94,49 +96,57 @@ class ThreadProgram:
         places = [(inside, t.mul(piece, PIECE)) for inside, piece in self.dealt(self.plan.book_bytes // PIECE)]
         return [(inside, t.stream_words(t.at(self.books, p)), t.at(self.entries, p)) for inside, p in places]
 
-    def load_inputs(self) -> list[list[tuple[t.Value, list[t.Value], list[t.Value], t.Value]]]:
-        """The same of the inputs of each token: whether there is a piece, its values, its scale, and its place.
+    def load_inputs(self) -> list[list[Any]]:
+        """The inputs of each token, in pieces of four: (there, values, gates, scales, inside, place).
 
-        They lie as float32 [token, d / 4, group, 4], with zeros beyond the last group.
+        That is whether there are such inputs, the inputs, their gates, their scales, whether there is such a piece, and its
+        place in shared memory. They lie as float32 [token, d / 4, group, 4], with zeros beyond the last group.
         """
         plan, quarters, tokens = self.plan, self.plan.dimension // 4, []
         for token in range(plan.chunk):
             row = t.least(t.add(t.mul(self.chunk, plan.chunk), token), plan.tokens - 1)
-            line = t.at(self.x, t.mul(row, plan.columns * plan.size("x")))
             pieces = []
             for inside, piece in self.dealt(plan.room * quarters):
                 there, own = t.less(piece, plan.columns // 4), t.least(piece, plan.columns // 4 - 1)
-                values = t.load(t.at(line, t.mul(own, 4 * plan.size("x"))), plan.dtype("x"), 4)
-                values = [t.select(t.both(inside, there), value, t.number(0.0)) for value in values]
+                values = self.load_four("x", self.x, own, row)
+                gates = self.load_four("prologue", self.given["prologue"], own, row) if plan.activation else []
                 group, quarter = t.div(piece, quarters), t.rem(piece, quarters)
                 place = t.mul(t.add(t.mul(quarter, plan.room), group), 16)
                 place = t.at(self.inputs, place, 4 * token * plan.room * plan.dimension)
-                pieces.append((inside, values, self.load_scale(own), place))
+                pieces.append((there, values, gates, self.load_scale(own), inside, place))
             tokens.append(pieces)
         return tokens
 
+    def load_four(self, name: str, array: t.Value, piece: t.Value, row: t.Int = 0) -> list[t.Value]:
+        """A piece of a row of [rows, in]."""
+        line = t.at(array, t.mul(row, self.plan.columns * self.plan.size(name)))
+        return t.load(t.at(line, t.mul(piece, 4 * self.plan.size(name))), self.plan.dtype(name), 4)
+
     def load_scale(self, piece: t.Value) -> list[t.Value]:
-        """What the four inputs of a piece are multiplied by; nothing for ones."""
+        """What the four inputs of a piece are multiplied by for all tokens; nothing for ones."""
         plan, factors = self.plan, []
         if plan.norm is not None:
-            weight = t.load(t.at(self.norm, t.mul(piece, 4 * plan.size("norm"))), plan.dtype("norm"), 4)
+            weight = self.load_four("prologue", self.given["prologue"], piece)
             factors = [t.fadd(x, t.number(plan.norm[1])) for x in weight] if plan.norm[1] else weight
         if plan.scale == "columns":
             place = t.mul(t.div(piece, plan.dimension // 4), plan.size("scale"))
-            (scale,) = t.load(t.at(self.scale, place), plan.dtype("scale"))
+            (scale,) = t.load(t.at(self.given["scale"], place), plan.dtype("scale"))
             factors = [t.fmul(x, scale) for x in factors] if factors else [scale] * 4
         return factors
 
     def store_inputs(self, tokens: Sequence[Any]) -> None:
         """Scales the inputs and puts them into shared memory, and each warp's sums of their squares behind the sums."""
-        plan = self.plan
+        plan, zero = self.plan, t.number(0.0)
         for token, pieces in enumerate(tokens):
-            squares = t.number(0.0)
-            for inside, values, factors, place in pieces:
-                squares = functools.reduce(lambda total, x: t.fma(x, x, total), values, squares)
-                scaled = [t.fmul(x, factor) for x, factor in zip(values, factors, strict=True)] if factors else values
+            squares = zero
+            for there, values, gates, scales, inside, place in pieces:
+                own = [t.select(t.both(there, inside), x, zero) for x in values]
+                squares = functools.reduce(lambda total, x: t.fma(x, x, total), own, squares)
+                gates = [activated(plan.activation, gate) for gate in gates] if plan.activation else []
+                for factors in (gates, scales):
+                    values = [t.fmul(*pair) for pair in zip(values, factors, strict=True)] if factors else values
                 with t.when(inside):
-                    t.store_four(scaled, place)
+                    t.store_four([t.select(there, x, zero) for x in values], place)
             if plan.norm is not None:
                 for distance in (1, 2, 4, 8, 16):
                     squares = t.fadd(squares, t.shuffle(squares, distance))
@@ -154,13 +164,19 @@ class ThreadProgram:
         rest = t.div(self.thread, OUTPUTS)
         return t.div(rest, self.plan.chunk), t.rem(rest, self.plan.chunk), t.rem(self.thread, OUTPUTS)
 
-    def load_factor(self) -> t.Value | None:
-        """The scale of that output."""
-        if self.plan.scale != "rows":
-            return None
-        tile, _, local = self.result()
+    def load_epilogue(self) -> dict[str, t.Value]:
+        """The "scale" and the "residual" of that sum, if there are such."""
+        tile, token, local = self.result()
         output = t.least(t.add(self.first_output, t.mul(tile, OUTPUTS), local), t.sub(self.out, 1))
-        return t.load(t.at(self.scale, t.mul(output, self.plan.size("scale"))), self.plan.dtype("scale"))[0]
+        row = t.least(t.add(t.mul(self.chunk, self.plan.chunk), token), self.plan.tokens - 1)
+        places = {"scale": output} if self.plan.scale == "rows" else {}
+        if self.plan.has("residual"):
+            places["residual"] = t.add(t.mul(row, self.out), output)
+        return {name: self.load_one(name, place) for name, place in places.items()}
+
+    def load_one(self, name: str, place: t.Value) -> t.Value:
+        """A value of one of the arrays that are given."""
+        return t.load(t.at(self.given[name], t.mul(place, self.plan.size(name))), self.plan.dtype(name))[0]
 
     def add_products(self, turn: int, word: t.Value, sums: list[t.Value]) -> list[t.Value]:
         """Adds the products of a word's entries with their groups, one sum per token."""
@@ -203,8 +219,8 @@ class ThreadProgram:
             with t.when(mine):
                 t.store(value, t.at(self.sums, t.mul(first, 4), 4 * token * plan.sums))
 
-    def finish(self, factor: t.Value | None) -> None:
-        """Adds up the sums of the warps, scales and writes them."""
+    def finish(self, epilogue: Mapping[str, t.Value]) -> None:
+        """Adds up the sums of the warps, scales them, adds the residual, and writes them."""
         plan, (tile, token, local) = self.plan, self.result()
         output = t.add(self.first_output, t.mul(tile, OUTPUTS), local)
         row = t.add(t.mul(self.chunk, plan.chunk), token)
@@ -213,14 +229,27 @@ class ThreadProgram:
             first = t.add(t.mul(t.div(self.thread, OUTPUTS), plan.sums), local)
             sums = t.at(self.sums, t.mul(first, 4))
             value = added([t.load(t.at(sums, 4 * OUTPUTS * w), jnp.float32)[0] for w in range(plan.warps)])
-            value = value if factor is None else t.fmul(value, factor)
+            value = t.fmul(value, epilogue["scale"]) if "scale" in epilogue else value
             if plan.norm is not None:
                 warps = range(plan.threads // WARP)
                 squares = added([t.load(t.at(self.squares(token), 4 * w), jnp.float32)[0] for w in warps])
                 mean = t.fma(squares, t.number(1 / plan.columns), t.number(plan.norm[0]))
                 value = t.fmul(value, t.rsqrt(mean))
+            value = t.fadd(value, epilogue["residual"]) if "residual" in epilogue else value
             place = t.at(self.y, t.mul(t.add(t.mul(row, self.out), output), plan.size("y")))
             t.store(value, place, plan.dtype("y"))
+
+
+def activated(name: str, x: t.Value) -> t.Value:
+    """An activation of float32, "silu" or "gelu_tanh".
+
+    Both are x / (1 + exp(-u)): u is x for silu, and sqrt(8 / pi) (x + 0.044715 x^3) for the other, because
+    1 + tanh(u / 2) = 2 / (1 + exp(-u)).
+    """
+    u = x
+    if name == "gelu_tanh":
+        u = t.fmul(t.fma(t.fmul(x, x), t.fmul(x, t.number(0.044715)), x), t.number(math.sqrt(8 / math.pi)))
+    return t.fmul(x, t.reciprocal(t.fadd(t.exp2(t.fmul(u, t.number(-math.log2(math.e)))), t.number(1.0))))
 
 
 def added(values: Sequence[t.Value]) -> t.Value:
@@ -240,36 +269,41 @@ def _kernel(*refs, plan: Plan, outs: Sequence[int]):
     @plgpu.inline_mgpu(arg_types=(scalar,) * 2 + (plgpu.RefType(),) * len(refs))
     def thread(_, block, chunk, *refs):
         block, chunk = (i.registers.item() for i in (block, chunk))
-        x, *given = map(t.pointer, refs)
-        norm = None if plan.norm is None else given.pop(0)
-        given, results, shared = given[: -3 - len(outs)], given[-3 - len(outs) : -3], given[-3:]
-        parts, first, chosen = len(given) // len(outs), 0, []
+        x, *rest = map(t.pointer, refs)
+        given = {name: rest.pop(0) for name in ("prologue", "residual") if plan.has(name)}
+        rest, results, shared = rest[: -3 - len(outs)], rest[-3 - len(outs) : -3], rest[-3:]
+        parts, first, chosen = len(rest) // len(outs), 0, []
         for i, (out, y) in enumerate(zip(outs, results, strict=True)):
-            words, books, *scale = given[parts * i : parts * (i + 1)]
-            new = [t.sub(block, first), t.add(out), words, books, y, *scale]
+            new = [t.sub(block, first), t.add(out), y, *rest[parts * i : parts * (i + 1)]]
             before = t.less(block, first)
             chosen = [t.select(before, *pair) for pair in zip(chosen, new, strict=True)] if chosen else new
             first += plan.blocks(out)
-        own, out, words, books, y, *scale = chosen
-        addresses = x, words, books, y, *shared
-        ThreadProgram(plan, (own, chunk), out, addresses, scale[0] if scale else None, norm).run()
+        own, out, y, words, books, *scale = chosen
+        given |= dict(zip(("scale",), scale, strict=False))
+        ThreadProgram(plan, (own, chunk), out, (x, words, books, y, *shared), given).run()
 
     thread(*place, *refs)
 
 
 def gather_matmul(
-    plan: Plan, x: jax.Array, weights: Sequence[Weight], norm_weight: jax.Array | None = None
+    plan: Plan,
+    x: jax.Array,
+    weights: Sequence[Weight],
+    prologue: Prologue | None = None,
+    residual: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """Returns x @ W.T for several weights, each [tokens, out]; sums are always in the same order.
+    """Returns residual + prologue(x) @ W.T for several weights, each [tokens, out]; sums are always in the same order.
 
     Args:
       plan: for these arrays, of `make_plan`.
-      x: float [tokens, in]; the time grows with the tokens. It is normalised first, in float32, if the plan says so.
+      x: float [tokens, in]; the time grows with the tokens.
       weights: of each, words uint32 [4 * sets, out, 4], see `layout.banked_words`; codebooks float [M, K * d], M of 1, 2, 4
         or 8 and d of 4, 8 or 16; scale float [out or 1, 1] or [1, in / d], or None.
-      norm_weight: float [in] of the norm, or None.
+      prologue: with a float array [in] or [tokens, in], or None.
+      residual: float [tokens, out] of the only weight, or None.
     """
-    outs, arrays = [words.shape[1] for words, _, _ in weights], [x] if norm_weight is None else [x, norm_weight]
+    outs = [words.shape[1] for words, _, _ in weights]
+    arrays = [x, *jax.tree.leaves((prologue, residual))]
     for (words, books, scale), out in zip(weights, outs, strict=True):
         scale = jnp.broadcast_to(scale, (out, 1)) if scale is not None and scale.size == 1 else scale
         arrays += [words, books] if scale is None else [words, books, scale.reshape(-1)]

@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxquant.kernels.codebook_matmul.layout import SET
+from jaxquant.prologue import Gate, Prologue, RMSNorm
 
 OUTPUTS = 8  # of a warp
 WARP, WARPGROUP = 32, 128
@@ -33,8 +35,9 @@ class Plan:
       turns: lines of a warp.
       tiles: of 8 outputs, of a block.
       scale: "rows", "columns" or None.
-      norm: of the inputs, (eps, offset): x / sqrt(mean(x^2) + eps) * (weight + offset); or None.
-      dtypes: of "x", "books", "scale", "norm" and "y".
+      norm: eps and offset, if the prologue is an RMSNorm.
+      activation: if the prologue is a Gate.
+      dtypes: of "x", "books", "y", and of "scale", "prologue" (norm's weight or gate) and "residual" if there are such.
     """
 
     tokens: int
@@ -48,11 +51,16 @@ class Plan:
     tiles: int
     scale: str | None
     norm: tuple[float, float] | None
+    activation: str | None
     dtypes: tuple[tuple[str, Any], ...]
 
     def dtype(self, name: str) -> Any:
         """One of `dtypes`."""
         return dict(self.dtypes)[name]
+
+    def has(self, name: str) -> bool:
+        """Whether there is such an array."""
+        return name in dict(self.dtypes)
 
     def size(self, name: str) -> int:
         """Bytes of an element."""
@@ -102,7 +110,8 @@ class Plan:
 def make_plan(
     x: Any,
     weights: Sequence[Weight],
-    norm: tuple[Any, tuple[float, float]] | None = None,
+    prologue: Prologue | None = None,
+    residual: Any = None,
     *,
     dimension: int,
     dtype: Any,
@@ -123,8 +132,10 @@ def make_plan(
     dtypes = {"x": x.dtype, "books": book_dtype, "y": jnp.dtype(dtype)}
     if scale is not None:
         dtypes["scale"] = scale[1]
-    if norm is not None:
-        dtypes["norm"] = norm[0].dtype
+    if prologue is not None:
+        dtypes["prologue"] = jax.tree.leaves(prologue)[0].dtype
+    if residual is not None:
+        dtypes["residual"] = residual.dtype
     plan = Plan(
         tokens=len(x),
         chunk=min(len(x), _TOKENS),
@@ -136,7 +147,8 @@ def make_plan(
         turns=turns,
         tiles=tiles,
         scale=None if scale is None else "columns" if scale[0] else "rows",
-        norm=None if norm is None else norm[1],
+        norm=(prologue.eps, prologue.offset) if isinstance(prologue, RMSNorm) else None,
+        activation=prologue.activation if isinstance(prologue, Gate) else None,
         dtypes=tuple(dtypes.items()),
     )
     return plan if plan.book_bytes % PIECE == 0 and 4 * sum(plan.shared) <= _SHARED else None

@@ -1,10 +1,12 @@
-"""Root mean square norm, which a kernel may do along with the products of its result."""
+"""What is done to the inputs of a product first, by the kernel along with the product where it can."""
 
 import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=["eps", "offset"])
@@ -30,3 +32,24 @@ class RMSNorm:
         if self.offset:  # Gemma multiplies before the cast, Llama after it
             return (y * (weight.astype(jnp.float32) + self.offset)).astype(x.dtype)
         return weight.astype(x.dtype) * y.astype(x.dtype)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["gate"], meta_fields=["activation"])
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """A gated linear unit: activation(gate) * x.
+
+    Attributes:
+      gate: [..., in], as x.
+      activation: one of ACTIVATIONS (static).
+    """
+
+    gate: jax.Array
+    activation: str
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Multiplies x [..., in]."""
+        return ACTIVATIONS[self.activation](self.gate) * x
+
+
+Prologue = RMSNorm | Gate
