@@ -105,9 +105,9 @@ def matmul_each(
         name != "reference" and isinstance(weight, QuantizedTensor) for weight, name in zip(weights, names, strict=True)
     ]
     if all(by_kernel):
-        rows: list[Any] = [jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), a) for a in (x, prologue, residual)]
-        results = _by_kernel(rows[0], tuple(weights), rows[1], rows[2], names[0])
-        return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in results]
+        flat, first, rest = jax.tree.map(_rows, (x, prologue, residual))
+        products: Any = _by_kernel(flat, tuple(weights), first, rest, names[0])
+        return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in products]
     x = x if prologue is None else prologue(x)
     results = []
     for weight, name, kernel in zip(weights, names, by_kernel, strict=True):
@@ -191,6 +191,11 @@ def _leaf_reason(weight: Any, implementation: str, tokens: int) -> str | None:
 def _by_levels(weight: Any, implementation: str) -> bool:
     """True where the kernel for levels per row is the one to use."""
     return implementation in ("tpu", "gpu") and isinstance(weight, CodebookTensor) and has_row_levels(weight)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """[..., n] as [rows, n]."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _reference(x: jax.Array, weight: Any) -> jax.Array:
