@@ -24,9 +24,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 
+from jaxquant.kernels import gpu_inputs, gpu_sums
 from jaxquant.kernels import gpu_registers as gr
-from jaxquant.kernels import gpu_sums
-from jaxquant.kernels.gpu_plan import SHARED, BlockConfig, Decoder, Shares, Step, Stream
+from jaxquant.kernels.gpu_plan import SHARED, BlockConfig, Decoder, Shares, Step, Stream, num_shares
 
 _COPY_REGISTERS = 40
 # Registers of a thread that computes, by the number of its warpgroups: what 64 Ki registers leave.
@@ -43,28 +43,27 @@ def matmul(
     *,
     out: int,
     config: BlockConfig,
-    factors: tuple[jax.Array | None, jax.Array | None] = (None, None),
+    factor: jax.Array | None = None,
     dtype: Any = jnp.float32,
 ) -> jax.Array:
     """Returns x @ W.T, [tokens, out].
 
     Args:
-      x: [tokens, in], in the decoder's dtype; columns beyond are zero.
+      x: float [tokens, in]; columns beyond are zero.
       streams: what is read step by step; the first are codes.
       tables: what is read otherwise.
       decoder: the format.
       out: outputs.
       config: sizes.
-      factors: float32 [tokens] and [out] that the product is multiplied by, None for ones.
+      factor: float [out] that the product is multiplied by, None for ones.
       dtype: of the result.
     """
     tokens = len(x)
-    x = jnp.pad(x, ((0, -tokens % 8), (0, -x.shape[1] % 64)))
-    of_tokens, of_rows = factors
-    given = [factor for factor in (of_tokens, of_rows) if factor is not None]
-    token_tiles = pl.cdiv(tokens, config.tokens)
-    total = pl.cdiv(out, config.rows * config.cluster) * token_tiles * decoder.steps
-    shares = Shares(decoder.steps, total, min(config.cores // config.cluster, total))
+    x, of_tokens = gpu_inputs.prepare(x, decoder.dtype)
+    given = [factor for factor in (of_tokens, factor) if factor is not None]
+    tiles = pl.cdiv(out, config.rows * config.cluster) * pl.cdiv(tokens, config.tokens)
+    count = num_shares(tiles, decoder.steps, config.cores // config.cluster)
+    shares = Shares(decoder.steps, tiles * decoder.steps, count)
     body = _Kernel(
         decoder,
         streams,
@@ -73,7 +72,7 @@ def matmul(
         shares,
         (tokens, out),
         dtype,
-        [f is not None for f in (of_tokens, of_rows)],
+        [f is not None for f in (of_tokens, factor)],
     )
     kernel = plgpu.kernel(
         body,

@@ -1,61 +1,158 @@
-"""Inputs and factors of the GPU kernel for several tokens, as it reads them."""
+"""Inputs of the GPU kernel for several tokens, as it reads them: of 16 bits and permuted, by one launch.
 
+A decoder brings a thread 8 consecutive columns of 32, while a fragment gives thread (., c) columns 8 k + 2 c and the next,
+and of the thread's columns 8 c .. 8 c + 7 the pair number k goes there. So the weight's column 8 c + 2 k is the fragment's
+8 k + 2 c, and inputs are permuted likewise.
+
+XLA would do this in three passes: the largest number of each row, the permutation as a gather, and the conversion.
+"""
+
+import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxquant.kernels import gpu_threads as t
+
+_WARP, _WARPGROUP = 32, 128
+_THREADS = 1024  # of a block, at most
+_OCTET, _GROUP = 8, 32  # columns that a thread writes at once, and that are permuted among themselves
+_COLUMNS, _ROWS = 64, 8  # the kernel for several tokens has multiples of these
+_ONE = 1 << 23  # of an exponent, in the bits of a float32
+# Of a row's largest number, with its bias: it becomes 2^13, and no power of two that numbers are multiplied by is beyond
+# float32's from this exponent on.
+_TARGET, _LEAST = 13, 14
+_BIAS = 127
 
 
-def as_half(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Rows as float16 and the float32 factors [rows, 1] that undo their scaling, None for ones.
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sizes.
 
-    Rows of other dtypes are multiplied by powers of two that bring their largest number to between 1 and 2 to the 14th,
-    so that nothing overflows and little underflows.
+    Attributes:
+      tokens: rows of x; those of the result are more, a multiple of 8.
+      columns: of both, a multiple of 64.
+      dtypes: of x and of the result.
     """
-    if x.dtype == jnp.float16:
-        return x, None
-    x = x.astype(jnp.float32)
-    exponent = jnp.frexp(jnp.max(jnp.abs(x), axis=1, keepdims=True))[1] - 14
-    return jnp.ldexp(x, -exponent).astype(jnp.float16), jnp.ldexp(jnp.float32(1), exponent)
+
+    tokens: int
+    columns: int
+    dtypes: tuple[Any, Any]
+
+    @property
+    def scaled(self) -> bool:
+        """Whether rows are multiplied by powers of two, lest they overflow or underflow."""
+        return self.dtypes[0] != self.dtypes[1]
+
+    @property
+    def threads(self) -> int:
+        """Of a block, which has a row."""
+        octets = self.columns // _OCTET
+        return min(_THREADS, -(-octets // _WARPGROUP) * _WARPGROUP)
 
 
-def factors(
-    of_tokens: jax.Array | None, of_rows: Sequence[jax.Array | None], out: int
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """The factors of `matmul` from what `as_half` says of tokens and from factors [out or 1] of rows, None for ones."""
-    product = None
-    for factor in of_rows:
-        if factor is not None:
-            product = factor.astype(jnp.float32) if product is None else product * factor
-    product = None if product is None else jnp.broadcast_to(product, (out,))
-    return None if of_tokens is None else of_tokens[:, 0], product
+class ThreadProgram:
+    """The program of one thread.
 
-
-def permute_columns(x: jax.Array) -> jax.Array:
-    """Inputs [tokens, in] for decoders that bring a thread 8 consecutive columns of 32, padded to a multiple of 32.
-
-    In a fragment thread (., c) has columns 8 k + 2 c and the next; of its columns 8 c .. 8 c + 7 it puts the pair number
-    k there. So what is column 8 c + 2 k in the weight is column 8 k + 2 c in the fragment.
+    Args:
+      plan: sizes.
+      row: of the result.
+      addresses: of x [tokens, columns], of the result, and of a float32 per warp in shared memory.
+      factors: address of float32 [tokens], if rows are scaled.
     """
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % 32)))
-    # As a gather, and before any cast: XLA's transposition of such small axes takes 20 times longer, a pass of its own.
-    place = jnp.arange(x.shape[1], dtype=jnp.int32)
-    pair, octet = place >> 1 & 3, place >> 3 & 3
-    source = place & ~30 | pair << 3 | octet << 1
-    return x.at[:, source].get(mode="promise_in_bounds", unique_indices=True)
+
+    def __init__(self, plan: Plan, row: t.Value, addresses: Sequence[t.Value], factors: t.Value | None):
+        self.plan, self.row, self.factors = plan, row, factors
+        self.x, self.y, self.largest = addresses
+        self.thread = t.thread_index()
+
+    def run(self) -> None:
+        """Everything."""
+        plan, octets = self.plan, self.plan.columns // _OCTET
+        places = [t.add(self.thread, first) for first in range(0, octets, plan.threads)]
+        rows = [self.load(t.least(place, octets - 1)) for place in places]
+        if plan.scaled:
+            scale = self.scale(rows)
+            rows = [[t.fmul(value, scale) for value in values] for values in rows]
+        there = t.less(self.row, plan.tokens)
+        line = t.at(self.y, t.mul(self.row, plan.columns * jnp.dtype(plan.dtypes[1]).itemsize))
+        for place, values in zip(places, rows, strict=True):
+            values = [t.select(there, value, t.number(0.0)) for value in values]
+            with t.when(t.less(place, octets)):
+                t.store_vector(values, t.at(line, t.mul(place, 16)), plan.dtypes[1])
+
+    def load(self, octet: t.Value) -> list[t.Value]:
+        """The 8 values of the result's columns from 8 * octet on; those of the last token where there is no token."""
+        plan, size = self.plan, jnp.dtype(self.plan.dtypes[0]).itemsize
+        line = t.at(self.x, t.mul(t.least(self.row, plan.tokens - 1), plan.columns * size))
+        per_group = _GROUP // _OCTET
+        group, k = t.div(octet, per_group), t.rem(octet, per_group)
+        start = t.at(line, t.mul(t.add(t.mul(group, _GROUP), t.mul(k, 2)), size))
+        pairs = [t.load(t.at(start, _OCTET * c * size), plan.dtypes[0], 2) for c in range(per_group)]
+        return [value for pair in pairs for value in pair]
+
+    def scale(self, rows: Sequence[Sequence[t.Value]]) -> t.Value:
+        """A power of two that brings the row's largest number to between 2^13 and 2^14; writes its inverse."""
+        bits = functools.reduce(t.most, [t.bits_and(t.bits(value), 2**31 - 1) for values in rows for value in values])
+        for distance in (1, 2, 4, 8, 16):
+            bits = t.most(bits, t.bits(t.shuffle(t.from_bits(bits), distance)))
+        with t.when(t.less(t.rem(self.thread, _WARP), 1)):
+            t.store(t.from_bits(bits), t.at(self.largest, t.mul(t.div(self.thread, _WARP), 4)))
+        t.block_barrier()
+        places = range(0, self.plan.threads // _WARP, 4)
+        warps = [value for first in places for value in t.load(t.at(self.largest, 4 * first), jnp.float32, 4)]
+        exponent = t.most(t.div(functools.reduce(t.most, map(t.bits, warps)), _ONE), _LEAST)
+        with t.when(t.both(t.less(self.thread, 1), t.less(self.row, self.plan.tokens))):
+            inverse = t.from_bits(t.mul(t.sub(exponent, _TARGET), _ONE))
+            t.store(inverse, t.at(self.factors, t.mul(self.row, 4)))
+        return t.from_bits(t.mul(t.sub(2 * _BIAS + _TARGET, exponent), _ONE))
 
 
-def pad_lines(array: jax.Array) -> jax.Array:
-    """An array [lines, elements] with zeros up to a multiple of 16 bytes, of which copies consist."""
-    return jnp.pad(array, ((0, 0), (0, -array.shape[1] % (16 // array.dtype.itemsize))))
+def _kernel(x, *refs, plan: Plan):
+    scalar = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(arg_types=(scalar, *[plgpu.RefType()] * (1 + len(refs))))
+    def thread(_, row, *refs):
+        x, y, *factors, shared = map(t.pointer, refs)
+        ThreadProgram(plan, row.registers.item(), (x, y, shared), factors[0] if factors else None).run()
+
+    thread(lax.axis_index("row"), x, *refs)
 
 
-def unpack(words: jax.Array, bits: int, count: int) -> jax.Array:
-    """Codes packed along the last axis without gaps, uint32 [lines, words], as uint8 [lines, count]."""
-    place = np.arange(count) * bits
-    first, shift = place // 32, (place % 32).astype(np.uint32)[None]
-    low = words[:, first] >> shift
-    high = words[:, np.minimum(first + 1, words.shape[1] - 1)] << (-shift & np.uint32(31))
-    codes = jnp.where(shift + bits > 32, low | high, low) & np.uint32(2**bits - 1)
-    return codes.astype(jnp.uint8)
+def prepare(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Inputs as the kernel reads them.
+
+    Rows of another dtype than the result's are multiplied by powers of two that bring their largest number to between 2^13
+    and 2^14, so that nothing overflows in float16 and little underflows.
+
+    Args:
+      x: float [tokens, in].
+      dtype: of the result, of 16 bits.
+
+    Returns:
+      The permuted inputs, [tokens, in] with zeros up to multiples of 8 and 64, and the factors that undo the scaling,
+      float32 [tokens] or None for ones.
+    """
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % _COLUMNS)))
+    plan = Plan(x.shape[0], x.shape[1], (x.dtype, jnp.dtype(dtype)))
+    rows = plan.tokens + -plan.tokens % _ROWS
+    results = [jax.ShapeDtypeStruct((rows, plan.columns), plan.dtypes[1])]
+    if plan.scaled:
+        results.append(jax.ShapeDtypeStruct((plan.tokens,), jnp.float32))
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, plan=plan),
+        out_type=results,
+        grid=(rows,),
+        grid_names=("row",),
+        num_threads=plan.threads // _WARPGROUP,
+        thread_name="warpgroup",
+        scratch_types=[plgpu.SMEM((_THREADS // _WARP,), jnp.float32)],
+        kernel_name="prepare",
+    )
+    prepared, *factors = kernel(x)
+    return prepared, factors[0] if factors else None

@@ -11,6 +11,8 @@ import numpy as np
 from jaxquant.kernels import gpu_registers as gr
 
 MOST_TOKENS = 256  # of one instruction
+_FEW_TILES = 4
+_IDLE = 16  # one of so many multiprocessors may be left without work
 SHARED = 224 * 1024  # bytes of shared memory of a block, without barriers and alignment
 
 
@@ -170,14 +172,34 @@ class Shares:
         return ((step + 1) * self.count - 1) // self.total
 
 
-def block_config(tokens: int, *, scaled: bool = False) -> BlockConfig:
-    """Sizes for a number of tokens: equal tiles of tokens, few of them; sums that are scaled take twice the registers.
+def num_shares(tiles: int, steps: int, cores: int) -> int:
+    """As many shares as multiprocessors, or a few less if then shares have whole tiles or tiles have whole shares.
 
-    Large tiles are what the second cache has to deliver most of: pairs of blocks read them once.
+    Adding up the sums of a tile that is cut costs as much as the steps of many a small weight. A share of more tiles than
+    _FEW_TILES loses more by idle multiprocessors than it gains.
+    """
+    count = min(cores, tiles * steps)
+    if tiles <= count:
+        even = count // tiles * tiles
+    else:
+        whole = -(-tiles // count)
+        even = tiles // whole if tiles % whole == 0 and whole <= _FEW_TILES else 0
+    return even if even * _IDLE >= count * (_IDLE - 1) else count
+
+
+def block_config(tokens: int, out: int, *, scaled: bool = False) -> BlockConfig:
+    """Sizes for a number of tokens and of outputs.
+
+    Equal tiles of tokens, few of them; sums that are scaled take twice the registers. Large tiles are what the second cache
+    has to deliver most of: pairs of blocks read them once. Few outputs are cut into small tiles, which have fewer parts.
     """
     most = MOST_TOKENS // 2 if scaled else MOST_TOKENS
     tiles = -(-tokens // most)
     large = -(-tokens // tiles) > most // 2
     multiple = 16 if large else 8  # each of a pair copies half
     tile = -(-tokens // tiles // multiple) * multiple
-    return BlockConfig(warpgroups=2, tokens=tile, cluster=2) if large else BlockConfig(tokens=tile)
+    if large:
+        return BlockConfig(warpgroups=2, tokens=tile, cluster=2)
+    config = BlockConfig(tokens=tile)
+    small = 2 * tiles * -(-out // config.rows) <= config.cores
+    return dataclasses.replace(config, warpgroups=2) if small else config

@@ -7,7 +7,7 @@ evaluated by other means too: the tests run the decoders with numpy.
 A fragment is what `wgmma` takes as its left operand from registers: 64 rows of a warpgroup's weights by some columns of
 16 bits. Thread (warp w, r = lane // 4, c = lane % 4) has pairs of values in registers [block][k][h]: rows 16 w + r + 8 h
 of a block of 64, columns 8 k + 2 c and 8 k + 2 c + 1. Which columns of the weight these stand for is free, as long as
-the inputs follow: see `gpu_inputs.permute_columns`.
+the inputs follow: see `gpu_inputs`.
 """
 
 from typing import Any

@@ -140,8 +140,8 @@ def store_rows(
       ref: [tokens, rows].
       token: of the array's first column.
       row: of the array's first row.
-      token_factor: float32 [tokens] that tokens are multiplied by, or None.
-      row_factor: float32 [rows] that rows are multiplied by, or None.
+      token_factor: float [tokens] that tokens are multiplied by, or None.
+      row_factor: float [rows] that rows are multiplied by, or None.
       tokens: what is beyond is not written.
       rows: what is beyond is not written.
       dtype: of `ref`: float32, float16 or bfloat16.
@@ -154,7 +154,11 @@ def store_rows(
     inside_rows = {place: arith.cmpi(below, line, r.constant(rows)) for place, line in lines.items()}
 
     def factor(ref, index, count):
-        return utils.bitcast(r.load_global(ref, r.times(r.least(index, count - 1), 4), 1)[0], f32)
+        kind = ir.MemRefType(ref.type).element_type
+        place = r.times(r.least(index, count - 1), utils.bytewidth(kind))
+        where = llvm.inttoptr(llvm.PointerType.get(), gr.pointer(ref, place))
+        value = llvm.load(kind, where)
+        return value if kind == f32 else arith.extf(f32, value)
 
     if row_factor is not None:
         row_factors = {place: factor(row_factor, line, rows) for place, line in lines.items()}

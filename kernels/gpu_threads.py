@@ -82,6 +82,11 @@ def least(a: Int, b: Int) -> Value:
     return arith.minui(_i32(a), _i32(b))
 
 
+def most(a: Int, b: Int) -> Value:
+    """Maximum of unsigned integers."""
+    return arith.maxui(_i32(a), _i32(b))
+
+
 def xor(a: Int, b: Int) -> Value:
     """Bitwise exclusive or."""
     return arith.xori(_i32(a), _i32(b))
@@ -141,6 +146,16 @@ def exp2(x: Value) -> Value:
 def reciprocal(x: Value) -> Value:
     """One over a float32, to a unit in the last place."""
     return _ptx("rcp.approx.f32 $0, $1;", (x,), [ir.F32Type.get()], pure=True)[0]
+
+
+def bits(x: Value) -> Value:
+    """The integer with the bits of a float32."""
+    return arith.bitcast(_word(), x)
+
+
+def from_bits(x: Int) -> Value:
+    """The float32 with the bits of an integer."""
+    return arith.bitcast(ir.F32Type.get(), _i32(x))
 
 
 def select(condition: Value, a: Value, b: Value) -> Value:
@@ -228,6 +243,14 @@ def store(x: Value, address: Value, dtype: Any = jnp.float32) -> None:
     """Writes a float32 as `dtype`."""
     kind = utils.dtype_to_ir_type(dtype)
     llvm.store(x if x.type == kind else arith.truncf(kind, x), address)
+
+
+def store_vector(values: Sequence[Value], address: Value, dtype: Any) -> None:
+    """Writes consecutive float32 as `dtype` to an address that is a multiple of all of them together."""
+    kind, size = utils.dtype_to_ir_type(dtype), len(values) * jnp.dtype(dtype).itemsize
+    x = vector.from_elements(ir.VectorType.get((len(values),), ir.F32Type.get()), list(values))
+    x = x if kind == ir.F32Type.get() else arith.truncf(ir.VectorType.get((len(values),), kind), x)
+    llvm.store(x, address, alignment=size)
 
 
 def stream_words(address: Value) -> list[Value]:

@@ -15,10 +15,12 @@ from jaxquant.kernels.uniform_matmul import tiles
 from jaxquant.ops import supports
 from jaxquant.serving import for_serving
 from tests import ops_test as tensors
+from tests.gpu_model import Model
 from tests.tensors_test import codebook_tensor
 
-gpu_decode, gpu_inputs, gpu_plan = (
-    importlib.import_module(f"jaxquant.kernels.{name}") for name in ("gpu_decode", "gpu_inputs", "gpu_plan")
+gpu_decode, gpu_fields, gpu_inputs, gpu_plan = (
+    importlib.import_module(f"jaxquant.kernels.{name}")
+    for name in ("gpu_decode", "gpu_fields", "gpu_inputs", "gpu_plan")
 )
 additive = importlib.import_module("jaxquant.kernels.codebook_matmul.gpu_batch")
 scalar = importlib.import_module("jaxquant.kernels.uniform_matmul.gpu_batch")
@@ -108,7 +110,13 @@ def unpack(pairs, dtype):
     return weight
 
 
-def emulate(x, streams, tables, decoder, *, out, config, factors, dtype):
+def permuted(x):
+    """Inputs [tokens, in] in the order of fragments: 16 of 4 octets' pairs, all first ones first; in float64."""
+    x = np.pad(np.asarray(x, np.float64), ((0, 0), (0, -x.shape[1] % 64)))
+    return x.reshape(len(x), -1, 4, 4, 2).swapaxes(2, 3).reshape(x.shape)
+
+
+def emulate(x, streams, tables, decoder, *, out, config, factor, dtype):
     """`gpu_decode.matmul` by numpy."""
     half = np.float16 if decoder.dtype == jnp.float16 else ml_dtypes.bfloat16
     tables = [np.asarray(table) for table in tables]
@@ -119,7 +127,7 @@ def emulate(x, streams, tables, decoder, *, out, config, factors, dtype):
     shared = [r.constant(starts[-1])] if table_size else []
     for first in range(0, 128 * config.warpgroups, 128):
         decoder.fill(r, tables, shared, r.thread() + np.uint32(first), 128 * config.warpgroups)
-    x = np.asarray(x, np.float64)
+    x = permuted(x)
     y = np.zeros((len(x), out))
     columns = decoder.calls * decoder.fragments * decoder.width
     x = np.pad(x, ((0, 0), (0, max(0, decoder.steps * columns - x.shape[1]))))
@@ -150,8 +158,7 @@ def emulate(x, streams, tables, decoder, *, out, config, factors, dtype):
                             part = part[:, : len(scale)] * scale
                         width = max(0, min(rows, out - first))
                         y[:, first : first + width] += part[:, :width]
-    of_tokens, of_rows = (1.0 if factor is None else np.asarray(factor, np.float64) for factor in factors)
-    return jnp.asarray(y * np.reshape(of_tokens, (-1, 1)) * of_rows, dtype)
+    return jnp.asarray(y if factor is None else y * np.asarray(factor, np.float64), dtype)
 
 
 def relative(y, expected):
@@ -220,11 +227,23 @@ def test_levels(monkeypatch, bits, dtype):
 
 
 @pytest.mark.parametrize(
-    ("tiles", "steps", "cores"), [(112, 64, 132), (16, 32, 132), (7, 5, 35), (3, 100, 132), (1, 1, 132)]
+    ("tiles", "steps", "cores", "count"),
+    [
+        (112, 64, 132, 132),
+        (16, 32, 132, 128),
+        (7, 5, 35, 35),
+        (3, 100, 132, 132),
+        (1, 1, 132, 1),
+        (70, 9, 132, 132),
+        (128, 16, 66, 64),
+        (448, 16, 66, 66),
+        (33, 4, 132, 132),
+    ],
 )
-def test_shares_are_equal(tiles, steps, cores):
+def test_shares_are_equal(tiles, steps, cores, count):
     total = tiles * steps
-    shares = gpu_plan.Shares(steps, total, min(cores, total))
+    assert gpu_plan.num_shares(tiles, steps, cores) == count
+    shares = gpu_plan.Shares(steps, total, count)
     starts = shares.start(np.arange(shares.count + 1))
     assert (starts[0], starts[-1]) == (0, total)
     assert set(np.diff(starts)) <= {total // shares.count, total // shares.count + 1}
@@ -234,19 +253,62 @@ def test_shares_are_equal(tiles, steps, cores):
 
 @pytest.mark.parametrize("tokens", [5, 16, 64, 128, 129, 256, 257, 512, 4097])
 def test_tiles_of_tokens_are_equal(tokens):
-    config = gpu_plan.block_config(tokens)
+    config = gpu_plan.block_config(tokens, 8192)
     assert config.tokens % 8 == 0
     assert config.tokens <= 256
     assert -(-tokens // config.tokens) == -(-tokens // 256)
-    assert gpu_plan.block_config(tokens, scaled=True).tokens <= 128
+    assert gpu_plan.block_config(tokens, 8192, scaled=True).tokens <= 128
 
 
 def test_half_precision_rows():
     x = jnp.asarray([[1e-30, 3e-30], [3e38, 1.0], [0, 0]], jnp.float32)
-    half, scale = gpu_inputs.as_half(x)
+    half, scale = gpu_fields.as_half(x)
     assert half.dtype == jnp.float16
     np.testing.assert_allclose(np.asarray(half, np.float64) * np.asarray(scale, np.float64), x, rtol=1e-3, atol=1e32)
-    assert gpu_inputs.as_half(half) == (half, None)
+    assert gpu_fields.as_half(half) == (half, None)
+
+
+def bits(exponent, mantissa=0):
+    return np.uint32(exponent << 23 | mantissa).view(np.float32)
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(3, 64), (8, 576), (1, 9000)])
+@pytest.mark.parametrize("dtypes", [("float32", "float16"), ("bfloat16", "float16"), ("bfloat16", "bfloat16")])
+def test_the_program_that_prepares_inputs(tokens, columns, dtypes, monkeypatch):
+    dtypes = tuple(np.dtype(getattr(ml_dtypes, name, name)) for name in dtypes)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((tokens, columns)) * 10.0 ** rng.integers(-30, 30, (tokens, 1))
+    x = np.pad(x, ((0, 0), (0, -columns % 64))).astype(dtypes[0])
+    plan = gpu_inputs.Plan(*x.shape, dtypes)
+    y = np.full((tokens + -tokens % 8, x.shape[1]), np.nan, dtypes[1])
+    factors = np.full(tokens, np.nan, np.float32)
+    for row in range(len(y)):
+        model = Model(1, plan.threads)
+        model.patch(monkeypatch)
+        addresses = model.global_(x), model.global_(y), model.shared(4 * 32)
+        where = model.global_(factors) if plan.scaled else None
+        gpu_inputs.ThreadProgram(plan, np.full(model.count, row), addresses, where).run()
+    np.testing.assert_array_equal(y[tokens:].astype(np.float32), 0)
+    if not plan.scaled:
+        np.testing.assert_array_equal(y[:tokens].astype(np.float64), permuted(x))
+        return
+    largest = np.abs(y[:tokens].astype(np.float64)).max(1)
+    assert largest.min() >= 2**13
+    assert largest.max() <= 2**14
+    np.testing.assert_allclose(y[:tokens] * factors[:, None].astype(np.float64), permuted(x), rtol=5e-4, atol=1e-38)
+
+
+@pytest.mark.parametrize("value", [0.0, bits(0, 1), bits(13), bits(254), np.inf, np.nan])
+def test_rows_that_float16_cannot_hold(value, monkeypatch):
+    x = np.full((1, 64), value, np.float32)
+    x[0, :32] = 0
+    plan = gpu_inputs.Plan(1, 64, (np.dtype(np.float32), np.dtype(np.float16)))
+    y, factors, model = np.zeros((8, 64), np.float16), np.zeros(1, np.float32), Model(1, plan.threads)
+    model.patch(monkeypatch)
+    pointers = [model.global_(x), model.global_(y), model.shared(4 * 32)]
+    gpu_inputs.ThreadProgram(plan, np.zeros(model.count, int), pointers, model.global_(factors)).run()
+    product = y[:1].astype(np.float32) * factors
+    np.testing.assert_allclose(product, x, rtol=5e-4)
 
 
 def levels_tensor(out, n, bits):

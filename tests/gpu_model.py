@@ -56,6 +56,7 @@ class Model:
     div = staticmethod(lambda a, b: a // b)
     rem = staticmethod(lambda a, b: a % b)
     least = staticmethod(np.minimum)
+    most = staticmethod(np.maximum)
     xor = staticmethod(lambda a, b: a ^ b)
     bits_and = staticmethod(lambda a, b: a & b)
     less = staticmethod(lambda a, b: a < b)
@@ -75,6 +76,8 @@ class Model:
     fmul = staticmethod(lambda a, b: a * b)
     fma = staticmethod(lambda a, b, c: a * b + c)
     rsqrt = staticmethod(lambda x: 1 / np.sqrt(x))
+    bits = staticmethod(lambda x: np.asarray(x, np.float32).view(np.uint32).astype(np.int64))
+    from_bits = staticmethod(lambda x: np.asarray(x).astype(np.uint32).view(np.float32))
     exp2 = staticmethod(np.exp2)
     reciprocal = staticmethod(lambda x: 1 / x)
     select = staticmethod(np.where)
@@ -171,6 +174,12 @@ class Model:
         for i, x in enumerate(values):
             kind = np.float32 if x.dtype.kind == "f" else np.uint32
             self.store(x.astype(kind).view(np.float32), self.at(address, 4 * i))
+
+    def store_vector(self, values, address, dtype):
+        size = np.dtype(dtype).itemsize
+        self.places(address, len(values) * size)
+        for i, x in enumerate(values):
+            self.store(x, self.at(address, i * size), dtype)
 
     def store(self, x, address, dtype=np.float32):
         dtype = np.dtype(dtype)

@@ -13,7 +13,7 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from jaxquant.kernels import gpu_decode, gpu_inputs, gpu_plan
+from jaxquant.kernels import gpu_decode, gpu_fields, gpu_plan
 from jaxquant.kernels import gpu_registers as gr
 from jaxquant.kernels.codebook_matmul import layout
 
@@ -79,7 +79,7 @@ class AdditiveDecoder:
                 r.store(r.add(line, r.times(copy, _ENTRY_BYTES)), values)
 
     def decode(self, r: gr.Registers, call: int, blocks: int, state: gpu_plan.Step) -> Sequence[gr.Pairs]:
-        """One fragment: the entry of thread (., c) for half u is that of group 4 u + c, see `gpu_inputs.permute_columns`."""
+        """One fragment: the entry of thread (., c) for half u is that of group 4 u + c, see `gpu_inputs`."""
         thread, row_bytes = r.thread(), self.pieces * _PIECE * 4 * _WORDS
         table = r.add(state.shared[0], r.times(r.mask(thread, _COPIES - 1), _ENTRY_BYTES))
         # The group of this thread in half 0; other halves, calls and codebooks differ from it in other bits of the slot.
@@ -144,17 +144,16 @@ def decode_matmul(
       dtype: of the result.
       config: sizes, by default from `gpu_plan.block_config`.
     """
-    config = config or gpu_plan.block_config(len(x))
+    config = config or gpu_plan.block_config(len(x), words.shape[1])
     (lines, out, _), count = words.shape, len(codebooks)
     decoder = _decoder(count, lines // _ROWS, config)
     row_scale, column_scale = layout.split_scale(scale)
     if column_scale is not None:
         x = x.astype(jnp.float32) * jnp.repeat(column_scale.astype(jnp.float32), _VECTOR)[None, :]
     books = jnp.pad(codebooks, ((0, 0), (0, _ENTRIES * _VECTOR - codebooks.shape[1])))
-    books, book_scale = gpu_inputs.as_half(books.reshape(1, -1))
-    x, x_scale = gpu_inputs.as_half(gpu_inputs.permute_columns(x))
+    books, book_scale = gpu_fields.as_half(books.reshape(1, -1))
     words = jnp.pad(words, ((0, 0), (0, -out % _PIECE), (0, 0))).reshape(lines, -1, _PIECE * _WORDS)
     stream = gpu_plan.Stream(words, (_ROWS, decoder.pieces, _PIECE * _WORDS))
     books = books.reshape(-1, _VECTOR)
-    factors = gpu_inputs.factors(x_scale, [row_scale, None if book_scale is None else book_scale[0]], out)
-    return gpu_decode.matmul(x, [stream], [books], decoder, out=out, config=config, factors=factors, dtype=dtype)
+    factor = gpu_fields.row_factor([row_scale, None if book_scale is None else book_scale[0]], out)
+    return gpu_decode.matmul(x, [stream], [books], decoder, out=out, config=config, factor=factor, dtype=dtype)

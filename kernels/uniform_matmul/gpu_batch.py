@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.kernels import gpu_decode, gpu_inputs, gpu_plan
+from jaxquant.kernels import gpu_decode, gpu_fields, gpu_plan
 from jaxquant.kernels import gpu_registers as gr
 from jaxquant.kernels.uniform_matmul import tiles
 
@@ -144,7 +144,7 @@ class UniformDecoder(_TileDecoder):
         """Zeros or scales [groups, out] as a stream."""
         fragments = self.calls * self.fragments
         count, copies = (self.line(fragments - 1) + 1, 1) if self._aligned else (1, fragments)
-        return gpu_plan.Stream(gpu_inputs.pad_lines(array), (count, self.rows), copies)
+        return gpu_plan.Stream(gpu_fields.pad_lines(array), (count, self.rows), copies)
 
     def decode(self, r: gr.Registers, call: int, blocks: int, state: gpu_plan.Step) -> Sequence[gr.Pairs]:
         """The fragments of a chunk."""
@@ -272,20 +272,19 @@ def uniform_matmul(
     """
     (groups, out), columns = scale.shape, x.shape[1]
     scaled = groups > 1
-    config = config or gpu_plan.block_config(len(x), scaled=scaled)
+    config = config or gpu_plan.block_config(len(x), out, scaled=scaled)
     blocks, calls = words.shape[1], _calls(bits, config)
     group = columns // groups if scaled else blocks * tiles.block_columns(bits)
-    x = gpu_inputs.permute_columns(x)
-    x, x_scale = (x, None) if x.dtype == jnp.bfloat16 else gpu_inputs.as_half(x)
+    half = jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float16
     width = math.gcd(_WIDTH, tiles.chunk_columns(bits), group)
-    decoder = UniformDecoder(bits, blocks, config.rows, calls, width, group, zero is not None, scaled, x.dtype)
+    decoder = UniformDecoder(bits, blocks, config.rows, calls, width, group, zero is not None, scaled, half)
     streams = [decoder.stream(words)]
     if zero is not None:
-        streams.append(decoder.lines(gpu_inputs.unpack(zero, bits, out)))
+        streams.append(decoder.lines(gpu_fields.unpack(zero, bits, out)))
     if scaled:
         streams.append(decoder.lines(scale))
-    factors = gpu_inputs.factors(x_scale, [None if scaled else scale[0]], out)
-    return gpu_decode.matmul(x, streams, [], decoder, out=out, config=config, factors=factors, dtype=dtype)
+    factor = gpu_fields.row_factor([None if scaled else scale[0]], out)
+    return gpu_decode.matmul(x, streams, [], decoder, out=out, config=config, factor=factor, dtype=dtype)
 
 
 def level_matmul(
@@ -309,14 +308,13 @@ def level_matmul(
       dtype: of the result.
       config: sizes, by default from `gpu_plan.block_config`.
     """
-    out, config = len(levels), config or gpu_plan.block_config(len(x))
-    levels, level_scale = gpu_inputs.as_half(levels)
+    out, config = len(levels), config or gpu_plan.block_config(len(x), len(levels))
+    levels, level_scale = gpu_fields.as_half(levels)
     row_scale = None if scale is None or scale.shape[1] > 1 else scale[:, 0]
     if scale is not None and row_scale is None:
         x = x.astype(jnp.float32) * scale.astype(jnp.float32)
-    x, x_scale = gpu_inputs.as_half(gpu_inputs.permute_columns(x))
     decoder = LevelDecoder(bits, words.shape[1], config.rows, _calls(bits, config), _WIDTH, out)
-    factors = gpu_inputs.factors(x_scale, [row_scale, None if level_scale is None else level_scale[:, 0]], out)
+    factor = gpu_fields.row_factor([row_scale, None if level_scale is None else level_scale[:, 0]], out)
     return gpu_decode.matmul(
-        x, [decoder.stream(words)], [levels], decoder, out=out, config=config, factors=factors, dtype=dtype
+        x, [decoder.stream(words)], [levels], decoder, out=out, config=config, factor=factor, dtype=dtype
     )
