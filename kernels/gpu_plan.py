@@ -188,18 +188,23 @@ def num_shares(tiles: int, steps: int, cores: int) -> int:
 
 
 def block_config(tokens: int, out: int, *, scaled: bool = False) -> BlockConfig:
-    """Sizes for a number of tokens and of outputs.
+    """Sizes for a number of tokens and of outputs: equal tiles of tokens, few of them.
 
-    Equal tiles of tokens, few of them; sums that are scaled take twice the registers. Large tiles are what the second cache
-    has to deliver most of: pairs of blocks read them once. Few outputs are cut into small tiles, which have fewer parts.
+    Large tiles are what the second cache has to deliver most of: pairs of blocks read them once. Where pairs are so few that
+    all their tiles would be cut, small ones have fewer parts to add up. Sums that are scaled take twice the registers, and
+    those of more than 64 tokens leave none to four warpgroups.
     """
     most = MOST_TOKENS // 2 if scaled else MOST_TOKENS
-    tiles = -(-tokens // most)
-    large = -(-tokens // tiles) > most // 2
-    multiple = 16 if large else 8  # each of a pair copies half
-    tile = -(-tokens // tiles // multiple) * multiple
-    if large:
-        return BlockConfig(warpgroups=2, tokens=tile, cluster=2)
-    config = BlockConfig(tokens=tile)
-    small = 2 * tiles * -(-out // config.rows) <= config.cores
-    return dataclasses.replace(config, warpgroups=2) if small else config
+    config = BlockConfig(warpgroups=2, tokens=_tile(tokens, most, 16), cluster=2)
+    pairs = -(-tokens // config.tokens) * -(-out // (2 * config.rows))
+    if config.tokens > most // 2 and 4 * pairs > config.cores:
+        return config
+    config = BlockConfig(warpgroups=2, tokens=_tile(tokens, MOST_TOKENS // 2, 8))
+    tiles = -(-tokens // config.tokens) * -(-out // config.rows)
+    few = tiles <= config.cores
+    return config if few or config.tokens > MOST_TOKENS // 4 else dataclasses.replace(config, warpgroups=4)
+
+
+def _tile(tokens: int, most: int, multiple: int) -> int:
+    """Tokens of equal tiles of a multiple of tokens, at most `most`."""
+    return -(-tokens // -(-tokens // most) // multiple) * multiple

@@ -252,12 +252,15 @@ def test_shares_are_equal(tiles, steps, cores, count):
 
 
 @pytest.mark.parametrize("tokens", [5, 16, 64, 128, 129, 256, 257, 512, 4097])
-def test_tiles_of_tokens_are_equal(tokens):
-    config = gpu_plan.block_config(tokens, 8192)
-    assert config.tokens % 8 == 0
-    assert config.tokens <= 256
-    assert -(-tokens // config.tokens) == -(-tokens // 256)
-    assert gpu_plan.block_config(tokens, 8192, scaled=True).tokens <= 128
+@pytest.mark.parametrize("out", [40, 4096, 14336, 28672])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_tiles_of_tokens_are_equal(tokens, out, scaled):
+    config = gpu_plan.block_config(tokens, out, scaled=scaled)
+    most = 256 if config.cluster == 2 and not scaled else 128
+    assert config.tokens % (8 * config.cluster) == 0
+    assert config.tokens <= most
+    assert -(-tokens // config.tokens) == -(-tokens // most)
+    assert config.warpgroups == 2 or config.tokens <= 64
 
 
 def test_half_precision_rows():
