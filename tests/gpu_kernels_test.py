@@ -168,8 +168,9 @@ def test_scales_of_columns_and_half_precision(monkeypatch):
 @given(st.integers(1, 2000), st.integers(1, 200_000), st.integers(1, 3))
 def test_every_size_has_a_division(total_sets, out, chunk):
     config = block_config(total_sets, out, chunk)
-    sums = 2 * 4 * chunk * config.teams * config.width
-    assert config.sets * chunk * gpu_plan.TABLE_BYTES + sums + 8 <= 227 * 1024
+    sums = 4 * chunk * config.teams * config.width
+    arrays = config.sets * chunk * gpu_plan.TABLE_BYTES, sums, sums, 8
+    assert sum(-(-size // 1024) for size in arrays) <= 226  # Pallas aligns them so; all 227 KB are refused
     assert config.width % 32 == config.width % config.cluster == config.sets % config.teams == 0
 
 
@@ -234,6 +235,7 @@ ON_GPU = {
     "2x8": (additive(1000, 1024), 1, "float32"),
     "2x8, 3 tokens in one block": (additive(333, 1000), 3, "bfloat16"),
     "2x8, 8 tokens": (additive(24, 64), 8, "float16"),
+    "2x8, 3 tokens, many outputs": (additive(28672, 64), 3, "float32"),
     "1x8, vectors of 16, no scale": (additive(130, 1600, 1, d=16, scaled=False), 2, "float32"),
     "4x8, vectors of 4": (additive(77, 1604, 4, d=4), 1, "float32"),
     "8x8, 16 entries": (additive(20, 520, 8, size=16), 1, "bfloat16"),

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from jaxquant.prologue import Prologue
 
-# Beyond these the tables cost more than they save; on TPUs and GPUs other kernels decode then.
-CPU_TOKENS, TPU_TABLE_TOKENS, TPU_TOKENS, GPU_TOKENS = 4, 4, 128, 8
+# Beyond these the tables cost more than they save; on TPUs and GPUs other kernels decode then, on GPUs what they can.
+CPU_TOKENS, TPU_TABLE_TOKENS, TPU_TOKENS, GPU_TABLE_TOKENS, GPU_TOKENS = 4, 4, 128, 3, 8
 GATHER_SIZE = 2**21  # weights, up to which a GPU gathers entries rather than products
 # Decoding holds all inputs in a TPU's fast memory, once per codebook: tokens * in * M.
 TPU_INPUTS = 3_500_000
@@ -51,7 +51,7 @@ def supports(
     if implementation == "gpu":
         if jax.__version_info__ < (0, 11):
             return f"expected JAX 0.11 or newer, got {jax.__version__}"
-        if tokens > GPU_TOKENS and (vector[1] != 8 or count not in (1, 2, 4)):
+        if tokens > GPU_TOKENS and not _decodes(count, vector[1]):
             got = f"{count} with vectors of {vector[1]}"
             return f"expected 1, 2 or 4 codebooks with vectors of 8 beyond {GPU_TOKENS} tokens, got {got}"
         return fits_banks(count, vector[1], blocks)
@@ -72,6 +72,11 @@ def supports(
     if tokens * columns * count > TPU_INPUTS:
         return f"expected at most {TPU_INPUTS // (columns * count)} tokens of {columns} inputs, got {tokens}"
     return None
+
+
+def _decodes(count: int, dimension: int) -> bool:
+    """Whether a GPU multiplies many tokens with `count` codebooks of vectors."""
+    return dimension == 8 and count in (1, 2, 4)
 
 
 def fits_banks(count: int, dimension: int, blocks: tuple[int, int]) -> str | None:
@@ -158,7 +163,7 @@ def banked_matmuls(
     x = x if prologue is None else prologue(x)
     if len(weights) > 1:
         return [banked_matmuls(x, [weight], **settings)[0] for weight in weights]
-    if len(x) > GPU_TOKENS:
+    if len(x) > GPU_TABLE_TOKENS and _decodes(len(weights[0][1]), dimension):
         y = gpu_batch.decode_matmul(x, *weights[0], dtype=dtype)
     else:
         y = gpu.lookup_matmul(x, *weights[0], **settings)

@@ -11,7 +11,8 @@ WARPGROUP, WARP = 128, 32  # threads
 ROW_BYTES = 4 * SET  # of a table: the partial products of one code with all slots of a set
 TABLE_BYTES = 256 * ROW_BYTES
 TABLES = 3  # that fit in shared memory
-SHARED_BYTES = 226 * 1024  # of a block
+SHARED_BYTES = 226 * 1024  # of a block; with 227 KB, all that there is, a launch is refused
+SHARED_ALIGNMENT = 1024  # of each array
 CLUSTERS = 15  # of 8 blocks that run at once on 132 multiprocessors, which come in parts of 16 or fewer
 
 
@@ -47,7 +48,8 @@ def block_config(total_sets: int, out: int, chunk: int) -> BlockConfig:
     cluster = 8
     sets = max(1, min(TABLES // chunk, 2, -(-total_sets // cluster)))
     width = -(-out // (CLUSTERS * LANES)) * LANES
-    most = (SHARED_BYTES - sets * chunk * TABLE_BYTES) // (2 * 4 * chunk)  # outputs whose sums fit twice
+    rest = SHARED_BYTES - sets * chunk * TABLE_BYTES - SHARED_ALIGNMENT  # for sums, twice; the last array is a barrier
+    most = rest // 2 // SHARED_ALIGNMENT * SHARED_ALIGNMENT // (4 * chunk)  # outputs
     width = min(width, most // LANES * LANES)
     return BlockConfig(3 if width <= 3 * WARPGROUP else 4, cluster, sets, 1, width)
 
