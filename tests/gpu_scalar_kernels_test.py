@@ -238,6 +238,27 @@ def test_refusals(weight, tokens, reason):
         matmul(jnp.ones((tokens, weight.shape[1])), weight, "gpu")
 
 
+# What the kernel for many tokens would round to float16 is read in several calls.
+FEW = [(8, 4096, "bfloat16", True), (8, 8192, "bfloat16", False), (8, 8192, "float32", True), (9, 64, "float32", False)]
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("tokens", "columns", "dtype", "few"), FEW)
+def test_codes_are_read_once_for_few_tokens(tokens, columns, dtype, few, monkeypatch):
+    from jaxquant.kernels.uniform_matmul import gpu_batch
+
+    monkeypatch.setattr(gpu, "level_matmul", lambda x, *_, **__: x)
+    monkeypatch.setattr(gpu_batch, "level_matmul", lambda x, *_, **__: x[:0])
+    weight = jax.eval_shape(tile_tensor, levels(16, columns, 4))
+    x = jax.ShapeDtypeStruct((tokens, columns), dtype)
+    jax.clear_caches()
+    y = jax.eval_shape(
+        functools.partial(api.level_tile_matmul, bits=4, dtype=x.dtype), x, weight.words, weight.levels, None
+    )
+    jax.clear_caches()
+    assert bool(len(y)) == few
+
+
 @pytest.mark.parametrize("table", [False, True])
 def test_what_is_supported_fits_in_shared_memory(table):
     columns = api.GPU_LEVEL_COLUMNS if table else api.GPU_COLUMNS

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxquant.prologue import Prologue
 
 # Beyond these the tables cost more than they save; on TPUs and GPUs other kernels decode then, on GPUs what they can.
-CPU_TOKENS, TPU_TABLE_TOKENS, TPU_TOKENS, GPU_TABLE_TOKENS, GPU_TOKENS = 4, 4, 128, 3, 8
+CPU_TOKENS, TPU_TABLE_TOKENS, TPU_TOKENS, GPU_TABLE_TOKENS, GPU_TOKENS = 4, 4, 128, 2, 8
 GATHER_SIZE = 2**21  # weights, up to which a GPU gathers entries rather than products
 # Decoding holds all inputs in a TPU's fast memory, once per codebook: tokens * in * M.
 TPU_INPUTS = 3_500_000
@@ -163,7 +163,8 @@ def banked_matmuls(
     x = x if prologue is None else prologue(x)
     if len(weights) > 1:
         return [banked_matmuls(x, [weight], **settings)[0] for weight in weights]
-    if len(x) > GPU_TABLE_TOKENS and _decodes(len(weights[0][1]), dimension):
+    most = GPU_TOKENS if x.dtype == jnp.float32 else GPU_TABLE_TOKENS  # decoding rounds inputs to float16
+    if len(x) > most and _decodes(len(weights[0][1]), dimension):
         y = gpu_batch.decode_matmul(x, *weights[0], dtype=dtype)
     else:
         y = gpu.lookup_matmul(x, *weights[0], **settings)

@@ -11,6 +11,7 @@ WARPGROUP, WARP = 128, 32  # threads
 ROW_BYTES = 4 * SET  # of a table: the partial products of one code with all slots of a set
 TABLE_BYTES = 256 * ROW_BYTES
 TABLES = 3  # that fit in shared memory
+_TOKENS = 2  # that share a block: three leave room for fewer outputs, of which there then are two waves
 SHARED_BYTES = 226 * 1024  # of a block; with 227 KB, all that there is, a launch is refused
 SHARED_ALIGNMENT = 1024  # of each array
 CLUSTERS = 15  # of 8 blocks that run at once on 132 multiprocessors, which come in parts of 16 or fewer
@@ -150,7 +151,7 @@ def make_plan(
 ) -> Plan:
     """The plan for `gpu.lookup_matmul` with these arrays, of which shapes and dtypes suffice."""
     (tokens, columns), (lines, out, _) = x.shape, words.shape
-    chunk = -(-tokens // -(-tokens // TABLES))
+    chunk = -(-tokens // -(-tokens // _TOKENS))
     by = None if scale is None else "rows" if scale.shape[1] == 1 else "columns"
     dtypes = {"x": x.dtype, "books": codebooks.dtype, "y": jnp.dtype(dtype)}
     if scale is not None:

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 TPU_TOKENS, GPU_TOKENS = 128, 8
 GPU_COLUMNS, GPU_LEVEL_COLUMNS = 49_152, 18_432  # whose inputs, and the tables, fit in shared memory
@@ -76,7 +77,8 @@ def uniform_tile_matmul(
     """Returns x @ W.T by the GPU kernels, [tokens, out] of `dtype`; see `gpu.uniform_matmul` and that of `gpu_batch`."""
     from jaxquant.kernels.uniform_matmul import gpu, gpu_batch
 
-    return (gpu if len(x) <= GPU_TOKENS else gpu_batch).uniform_matmul(x, words, scale, zero, bits=bits, dtype=dtype)
+    product = (gpu if _few(x, words, bits, table=False) else gpu_batch).uniform_matmul
+    return product(x, words, scale, zero, bits=bits, dtype=dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "dtype"))  # layers of one shape are lowered once
@@ -86,4 +88,12 @@ def level_tile_matmul(
     """Returns x @ W.T by the GPU kernels, [tokens, out] of `dtype`; see `gpu.level_matmul` and that of `gpu_batch`."""
     from jaxquant.kernels.uniform_matmul import gpu, gpu_batch
 
-    return (gpu if len(x) <= GPU_TOKENS else gpu_batch).level_matmul(x, words, levels, scale, bits=bits, dtype=dtype)
+    product = (gpu if _few(x, words, bits, table=True) else gpu_batch).level_matmul
+    return product(x, words, levels, scale, bits=bits, dtype=dtype)
+
+
+def _few(x: jax.Array, words: jax.Array, bits: int, *, table: bool) -> bool:
+    """Whether to use the GPU kernel for few tokens: if it reads the codes once, or as the only one exact for float32."""
+    from jaxquant.kernels.uniform_matmul import gpu
+
+    return len(x) <= GPU_TOKENS and (x.dtype == jnp.float32 or gpu.in_one_call(x, words, bits=bits, table=table))

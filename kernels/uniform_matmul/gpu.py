@@ -10,6 +10,7 @@ The time is that of reading the codes and, with tables, of as many bytes of look
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,6 +61,23 @@ def _call(plan: Plan, arrays: dict[str, jax.Array]) -> jax.Array:
     return kernel(*arrays.values())
 
 
+def _plans(x: jax.Array, words: jax.Array, config: BlockConfig | None, **sizes: Any) -> Callable[..., Plan]:
+    """The plan for these arrays, of a number of tokens."""
+    sizes |= {"columns": x.shape[1], "blocks": words.shape[1]}
+    return functools.partial(Plan, config or BlockConfig(), parts=2 if x.dtype == jnp.float32 else 1, **sizes)
+
+
+def _tokens_of_a_call(plan: Callable[..., Plan]) -> int:
+    """As many tokens as shared memory has room for."""
+    limit = MOST_ROWS // plan(tokens=1).parts if plan(tokens=1).table else MOST_ROWS
+    return next(n for n in range(limit, 0, -1) if n == 1 or plan(tokens=n).shared_bytes() <= SHARED_BYTES)
+
+
+def in_one_call(x: jax.Array, words: jax.Array, *, bits: int, table: bool) -> bool:
+    """Whether the codes are read once for all tokens."""
+    return len(x) <= _tokens_of_a_call(_plans(x, words, None, bits=bits, table=table, out=1, groups=1, dtypes={}))
+
+
 def _product(arrays: dict[str, jax.Array | None], dtype: Any, config: BlockConfig | None, **sizes: Any) -> jax.Array:
     """Returns x @ W.T, by as many calls as the tokens need."""
     given = {name: array for name, array in arrays.items() if array is not None}
@@ -67,11 +85,8 @@ def _product(arrays: dict[str, jax.Array | None], dtype: Any, config: BlockConfi
     x = given.pop("x")
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8)))
     dtypes = {"x": x.dtype, "y": jnp.dtype(dtype)} | {name: array.dtype for name, array in given.items()}
-    sizes |= {"columns": x.shape[1], "blocks": given["words"].shape[1], "dtypes": dtypes}
-    plan = functools.partial(Plan, config or BlockConfig(), parts=2 if x.dtype == jnp.float32 else 1, **sizes)
-    limit = MOST_ROWS // plan(tokens=1).parts if plan(tokens=1).table else MOST_ROWS
-    most = next(n for n in range(limit, 0, -1) if n == 1 or plan(tokens=n).shared_bytes() <= SHARED_BYTES)
-    chunk = -(-len(x) // -(-len(x) // most))
+    plan = _plans(x, given["words"], config, dtypes=dtypes, **sizes)
+    chunk = -(-len(x) // -(-len(x) // _tokens_of_a_call(plan)))
     results = []
     for start in range(0, len(x), chunk):
         part = x[start : start + chunk]
