@@ -80,7 +80,7 @@ class ThreadProgram:
             scale = self.scale(rows)
             rows = [[t.fmul(value, scale) for value in values] for values in rows]
         there = t.less(self.row, plan.tokens)
-        line = t.at(self.y, t.mul(self.row, plan.columns * jnp.dtype(plan.dtypes[1]).itemsize))
+        line = t.line(self.y, self.row, plan.columns * jnp.dtype(plan.dtypes[1]).itemsize)
         for place, values in zip(places, rows, strict=True):
             values = [t.select(there, value, t.number(0.0)) for value in values]
             with t.when(t.less(place, octets)):
@@ -89,7 +89,7 @@ class ThreadProgram:
     def load(self, octet: t.Value) -> list[t.Value]:
         """The 8 values of the result's columns from 8 * octet on; those of the last token where there is no token."""
         plan, size = self.plan, jnp.dtype(self.plan.dtypes[0]).itemsize
-        line = t.at(self.x, t.mul(t.least(self.row, plan.tokens - 1), plan.columns * size))
+        line = t.line(self.x, t.least(self.row, plan.tokens - 1), plan.columns * size)
         per_group = _GROUP // _OCTET
         group, k = t.div(octet, per_group), t.rem(octet, per_group)
         start = t.at(line, t.mul(t.add(t.mul(group, _GROUP), t.mul(k, 2)), size))

@@ -222,6 +222,14 @@ def at(address: Value, *offsets: Int) -> Value:
     return address
 
 
+def line(address: Value, number: Value, size: int) -> Value:
+    """The address of a line of `size` bytes in global memory, which may be more than 2**32 bytes further."""
+    i64 = ir.IntegerType.get_signless(64)
+    offset = arith.muli(arith.extui(i64, number), utils.c(size, i64))
+    byte = ir.IntegerType.get_signless(8)
+    return llvm.getelementptr(address.type, address, [offset], [_DYNAMIC], byte, llvm.GEPNoWrapFlags.none)
+
+
 def load(address: Value, dtype: Any, count: int = 1) -> list[Value]:
     """Consecutive floats, aligned to all of them together, as float32."""
     element = utils.dtype_to_ir_type(dtype)

@@ -139,6 +139,10 @@ class Model:
         return dataclasses.replace(address, offset=address.offset + sum(offsets))
 
     @staticmethod
+    def line(address, number, size):
+        return dataclasses.replace(address, offset=address.offset + number * size)
+
+    @staticmethod
     def of_block(address, rank):
         return dataclasses.replace(address, block=rank)
 
