@@ -17,7 +17,7 @@ from jaxquant.codebook_tensor import ColumnTensor
 from jaxquant.kernels.codebook_matmul import api as codebook_api
 from jaxquant.kernels.uniform_matmul import api as uniform_api
 from jaxquant.outliers import ColumnOutlierTensor
-from jaxquant.prologue import Prologue
+from jaxquant.prologue import Prologue, RMSNorm
 from jaxquant.serving import (
     BankedTensor,
     LevelWordTensor,
@@ -88,11 +88,16 @@ def matmul_each(
       Of each weight [..., out] in the dtype of `x`, differentiable as that of `matmul`, and in prologue and residual.
 
     Raises:
-      ValueError: see `matmul`; a residual for several weights, or one of another shape.
+      ValueError: see `matmul`; a residual for several weights; a prologue or residual of another shape.
     """
     if residual is not None and [residual.shape] != [(*x.shape[:-1], weight.shape[0]) for weight in weights]:
         shapes = [tuple(weight.shape) for weight in weights]
         raise ValueError(f"residual: expected the result's shape for x {x.shape} and {shapes}, got {residual.shape}")
+    for field in jax.tree.leaves(prologue):
+        expected = x.shape[-1:] if isinstance(prologue, RMSNorm) else x.shape
+        if field.shape != expected:
+            name = type(prologue).__name__
+            raise ValueError(f"prologue: expected {name} with {expected} for x {x.shape}, got {field.shape}")
     for weight in weights:
         if x.shape[-1] != weight.shape[-1]:
             raise ValueError(f"matmul: expected x [..., {weight.shape[-1]}] for a weight {weight.shape}, got {x.shape}")
@@ -105,8 +110,9 @@ def matmul_each(
         name != "reference" and isinstance(weight, QuantizedTensor) for weight, name in zip(weights, names, strict=True)
     ]
     if all(by_kernel):
-        flat, first, rest = jax.tree.map(_rows, (x, prologue, residual))
-        products: Any = _by_kernel(flat, tuple(weights), first, rest, names[0])
+        first = prologue if isinstance(prologue, RMSNorm) else jax.tree.map(_rows, prologue)
+        rest = None if residual is None else _rows(residual)
+        products: Any = _by_kernel(_rows(x), tuple(weights), first, rest, names[0])
         return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in products]
     x = x if prologue is None else prologue(x)
     results = []
@@ -194,7 +200,7 @@ def _by_levels(weight: Any, implementation: str) -> bool:
 
 
 def _rows(x: jax.Array) -> jax.Array:
-    """[..., n] as [rows, n]."""
+    """An array [..., n] as [rows, n]."""
     return x.reshape(-1, x.shape[-1])
 
 

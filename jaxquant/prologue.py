@@ -42,10 +42,17 @@ class Gate:
     Attributes:
       gate: [..., in], as x.
       activation: one of ACTIVATIONS (static).
+
+    Raises:
+      ValueError: another activation.
     """
 
     gate: jax.Array
     activation: str
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {self.activation!r}")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Multiplies x [..., in]."""

@@ -206,3 +206,26 @@ def test_prologues_and_residuals(implementation, name, outs):
 def test_a_residual_is_of_one_result(outs, shape):
     with pytest.raises(ValueError, match="residual: expected the result's shape"):
         matmul_each(jnp.ones((2, 32)), [additive(n) for n in outs], residual=jnp.ones(shape))
+
+
+@pytest.mark.parametrize(
+    "prologue", [RMSNorm(np.ones(31), 1.0), RMSNorm(np.ones((1, 32)), 1.0), Gate(np.ones(32), "silu")]
+)
+def test_a_prologue_fits_the_inputs(prologue):
+    with pytest.raises(ValueError, match=r"prologue: expected (RMSNorm|Gate) with \(.*32,?\) for x \(2, 32\), got"):
+        matmul_each(jnp.ones((2, 32)), [additive()], prologue=prologue)
+
+
+def test_activations_are_known():
+    with pytest.raises(ValueError, match=r"activation: expected one of .*'silu'.*, got 'relu'"):
+        Gate(np.ones(3), "relu")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_one_token_without_a_batch(fused):
+    weight = for_serving(additive(24, 64), "cpu")
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(64), jnp.float32)
+    given = {"prologue": Gate(jnp.ones(64), "silu"), "residual": jnp.ones(24)} if fused else {}
+    (y,) = matmul_each(x, [weight], "cpu", **given)
+    (expected,) = matmul_each(x, [weight], "reference", **given)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
