@@ -158,7 +158,9 @@ def run(out: Path, source: str | None) -> None:
     dense_size = sum(x.nbytes for x in jax.tree.leaves(loaded.params))
     rows = [Row(f"dense {dtype}", dtype.itemsize * 8, dense_size, dense_value, 0.0, 0.0)]
     for config in CONFIGS:
-        rows.append(_quantize(loaded, data, config, out / _name(config).replace(" ", "-"), held_out))
+        directory = out / _name(config).replace(" ", "-")
+        rows.append(_quantize(loaded, data, config, directory, held_out))
+        tokenizer.save(directory)
     table = Table("method", "bits/weight", "MB", "perplexity", "KL (nats)", "seconds")
     for r in rows:
         cells = (f"{r.bits:.3f}", f"{r.size / 1e6:.1f}", f"{r.perplexity:.2f}", f"{r.kl:.4f}", f"{r.seconds:.0f}")
@@ -174,3 +176,4 @@ def run(out: Path, source: str | None) -> None:
         screen.print(f"plot: {out / 'demo.png'}", highlight=False)
     else:
         screen.print("no plot: pip install 'jaxquant[plots]'", highlight=False)
+    screen.print(f'next: jaxquant generate {directory} --prompt "Once upon a time"', highlight=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxquant import RTNConfig, demo
+from jaxquant.tokenizer import load_tokenizer
 from tests import tiny
 
 
@@ -75,6 +76,7 @@ def test_a_whole_demo(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(demo, name, value)
     source = tiny.write(tmp_path / "model")
     demo.run(tmp_path / "out", str(source))
+    assert load_tokenizer(tmp_path / "out" / "rtn-2-bit").encode("a") == load_tokenizer(source).encode("a")
     rows = json.loads((tmp_path / "out" / "demo.json").read_text())
     assert [r["method"] for r in rows] == ["dense float32", "rtn 4-bit", "rtn 2-bit"]
     dense, four, two = rows
