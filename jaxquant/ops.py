@@ -111,13 +111,13 @@ def matmul_each(
     ]
     if all(by_kernel):
         first = prologue if isinstance(prologue, RMSNorm) else jax.tree.map(_rows, prologue)
-        rest = None if residual is None else _rows(residual)
-        products: Any = _by_kernel(_rows(x), tuple(weights), first, rest, names[0])
+        products: Any = _by_kernel(_rows(x), tuple(weights), first, jax.tree.map(_rows, residual), names[0])
         return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in products]
     x = x if prologue is None else prologue(x)
-    results = []
-    for weight, name, kernel in zip(weights, names, by_kernel, strict=True):
-        results += matmul_each(x, (weight,), name) if kernel else [_reference(x, weight)]
+    results = [
+        matmul(x, weight, name) if kernel else _reference(x, weight)
+        for weight, name, kernel in zip(weights, names, by_kernel, strict=True)
+    ]
     return results if residual is None else [residual + y for y in results]
 
 

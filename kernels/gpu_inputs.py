@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.kernels import gpu_threads as t
+from jaxquant.kernels import gpu_words as w
 
 _WARP, _WARPGROUP = 32, 128
 _THREADS = 1024  # of a block, at most
@@ -98,19 +99,21 @@ class ThreadProgram:
 
     def scale(self, rows: Sequence[Sequence[t.Value]]) -> t.Value:
         """A power of two that brings the row's largest number to between 2^13 and 2^14; writes its inverse."""
-        bits = functools.reduce(t.most, [t.bits_and(t.bits(value), 2**31 - 1) for values in rows for value in values])
+        bits = functools.reduce(
+            w.most, [t.bits_and(w.bits_of(value), 2**31 - 1) for values in rows for value in values]
+        )
         for distance in (1, 2, 4, 8, 16):
-            bits = t.most(bits, t.bits(t.shuffle(t.from_bits(bits), distance)))
+            bits = w.most(bits, w.bits_of(t.shuffle(w.float_of(bits), distance)))
         with t.when(t.less(t.rem(self.thread, _WARP), 1)):
-            t.store(t.from_bits(bits), t.at(self.largest, t.mul(t.div(self.thread, _WARP), 4)))
+            t.store(w.float_of(bits), t.at(self.largest, t.mul(t.div(self.thread, _WARP), 4)))
         t.block_barrier()
         places = range(0, self.plan.threads // _WARP, 4)
         warps = [value for first in places for value in t.load(t.at(self.largest, 4 * first), jnp.float32, 4)]
-        exponent = t.most(t.div(functools.reduce(t.most, map(t.bits, warps)), _ONE), _LEAST)
+        exponent = w.most(t.div(functools.reduce(w.most, map(w.bits_of, warps)), _ONE), _LEAST)
         with t.when(t.both(t.less(self.thread, 1), t.less(self.row, self.plan.tokens))):
-            inverse = t.from_bits(t.mul(t.sub(exponent, _TARGET), _ONE))
+            inverse = w.float_of(t.mul(t.sub(exponent, _TARGET), _ONE))
             t.store(inverse, t.at(self.factors, t.mul(self.row, 4)))
-        return t.from_bits(t.mul(t.sub(2 * _BIAS + _TARGET, exponent), _ONE))
+        return w.float_of(t.mul(t.sub(2 * _BIAS + _TARGET, exponent), _ONE))
 
 
 def _kernel(x, *refs, plan: Plan):

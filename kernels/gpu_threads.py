@@ -82,11 +82,6 @@ def least(a: Int, b: Int) -> Value:
     return arith.minui(_i32(a), _i32(b))
 
 
-def most(a: Int, b: Int) -> Value:
-    """Maximum of unsigned integers."""
-    return arith.maxui(_i32(a), _i32(b))
-
-
 def xor(a: Int, b: Int) -> Value:
     """Bitwise exclusive or."""
     return arith.xori(_i32(a), _i32(b))
@@ -146,16 +141,6 @@ def exp2(x: Value) -> Value:
 def reciprocal(x: Value) -> Value:
     """One over a float32, to a unit in the last place."""
     return _ptx("rcp.approx.f32 $0, $1;", (x,), [ir.F32Type.get()], pure=True)[0]
-
-
-def bits(x: Value) -> Value:
-    """The integer with the bits of a float32."""
-    return arith.bitcast(_word(), x)
-
-
-def from_bits(x: Int) -> Value:
-    """The float32 with the bits of an integer."""
-    return arith.bitcast(ir.F32Type.get(), _i32(x))
 
 
 def select(condition: Value, a: Value, b: Value) -> Value:

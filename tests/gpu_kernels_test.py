@@ -57,7 +57,7 @@ MODELLED = {
     "2x8": (additive(100, 1024), 1, BlockConfig(1, 2, 2, 1, 64)),
     "passes, sets that are not there": (additive(40, 1100), 1, BlockConfig(1, 2, 1, 1, 32)),
     "teams, loads ahead": (additive(300, 520), 1, BlockConfig(2, 2, 2, 2, 160, 2)),
-    "3 tokens of 5": (additive(33, 64), 5, BlockConfig(1, 1, 1, 1, 64)),
+    "2 tokens of 5": (additive(33, 64), 5, BlockConfig(1, 1, 1, 1, 64)),
     "1x8, vectors of 16, no scale": (additive(40, 1600, 1, d=16, scaled=False), 1, BlockConfig(1, 2, 1, 1, 64)),
     "4x8, vectors of 4": (additive(40, 200, 4, d=4), 1, BlockConfig(2, 2, 2, 1, 64)),
     "8x8, 16 entries": (additive(40, 64, 8, size=16), 1, BlockConfig(1, 1, 1, 1, 64)),
@@ -233,7 +233,7 @@ def test_the_kernel_lowers_for_cuda(name):
 
 ON_GPU = {
     "2x8": (additive(1000, 1024), 1, "float32"),
-    "2x8, 3 tokens in one block": (additive(333, 1000), 3, "bfloat16"),
+    "2x8, 3 tokens": (additive(333, 1000), 3, "bfloat16"),
     "2x8, 8 tokens": (additive(24, 64), 8, "float16"),
     "2x8, 3 tokens, many outputs": (additive(28672, 64), 3, "float32"),
     "1x8, vectors of 16, no scale": (additive(130, 1600, 1, d=16, scaled=False), 2, "float32"),

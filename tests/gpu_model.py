@@ -1,9 +1,9 @@
 """Runs the thread programs of GPU kernels in numpy: all threads of a cluster in step, one array element each.
 
-`patch` puts this vocabulary in the place of `jaxquant.kernels.gpu_threads`. It checks on the way that no thread reads or
-writes outside of the arrays, that no two write to one place, that warps are whole where their threads wait for each
-other, and counts how often shared memory is accessed by a warp
-and how many accesses of one bank that takes at most.
+`patch` puts this vocabulary in the place of `jaxquant.kernels.gpu_threads`, and of what `gpu_words` has beside it. It
+checks on the way that no thread reads or writes outside of the arrays, that no two write to one place, that warps are whole
+where their threads wait for each other, and counts how often shared memory is accessed by a warp and how many accesses of
+one bank that takes at most.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from jaxquant.kernels import gpu_threads
+from jaxquant.kernels import gpu_threads, gpu_words
 
 WORD = 0xFFFFFFFF
 
@@ -40,8 +40,9 @@ class Model:
 
     def patch(self, monkeypatch):
         for name in dir(self):
-            if name in vars(gpu_threads):
-                monkeypatch.setattr(gpu_threads, name, getattr(self, name))
+            module = gpu_threads if name in vars(gpu_threads) else gpu_words
+            if name in vars(module) and not name.startswith("_"):
+                monkeypatch.setattr(module, name, getattr(self, name))
 
     def shared(self, size):
         return Pointer(np.zeros((self.block.max() + 1, size), np.uint8), self.block, True)
@@ -76,8 +77,8 @@ class Model:
     fmul = staticmethod(lambda a, b: a * b)
     fma = staticmethod(lambda a, b, c: a * b + c)
     rsqrt = staticmethod(lambda x: 1 / np.sqrt(x))
-    bits = staticmethod(lambda x: np.asarray(x, np.float32).view(np.uint32).astype(np.int64))
-    from_bits = staticmethod(lambda x: np.asarray(x).astype(np.uint32).view(np.float32))
+    bits_of = staticmethod(lambda x: np.asarray(x, np.float32).view(np.uint32).astype(np.int64))
+    float_of = staticmethod(lambda x: np.asarray(x).astype(np.uint32).view(np.float32))
     exp2 = staticmethod(np.exp2)
     reciprocal = staticmethod(lambda x: 1 / x)
     select = staticmethod(np.where)

@@ -140,8 +140,9 @@ class ThreadProgram:
         for token, pieces in enumerate(tokens):
             squares = zero
             for there, values, gates, scales, inside, place in pieces:
-                own = [t.select(t.both(there, inside), x, zero) for x in values]
-                squares = functools.reduce(lambda total, x: t.fma(x, x, total), own, squares)
+                if plan.norm is not None:
+                    own = [t.select(t.both(there, inside), x, zero) for x in values]
+                    squares = functools.reduce(lambda total, x: t.fma(x, x, total), own, squares)
                 gates = [activated(plan.activation, gate) for gate in gates] if plan.activation else []
                 for factors in (gates, scales):
                     values = [t.fmul(*pair) for pair in zip(values, factors, strict=True)] if factors else values
@@ -159,16 +160,17 @@ class ThreadProgram:
         first = 4 * plan.tiles * plan.chunk * plan.sums
         return t.at(self.sums, t.mul(token, 4 * plan.threads // WARP), first)
 
-    def result(self) -> tuple[t.Value, ...]:
-        """Tile, token and output within the tile of the sum that the thread writes in the end; there may be none."""
-        rest = t.div(self.thread, OUTPUTS)
-        return t.div(rest, self.plan.chunk), t.rem(rest, self.plan.chunk), t.rem(self.thread, OUTPUTS)
+    def result(self) -> tuple[t.Value, t.Value, t.Value, t.Value]:
+        """Of the sum that the thread writes in the end, if there is one: token and output of the tile, row and output of y."""
+        rest, local = t.div(self.thread, OUTPUTS), t.rem(self.thread, OUTPUTS)
+        tile, token = t.div(rest, self.plan.chunk), t.rem(rest, self.plan.chunk)
+        output = t.add(self.first_output, t.mul(tile, OUTPUTS), local)
+        return token, local, t.add(t.mul(self.chunk, self.plan.chunk), token), output
 
     def load_epilogue(self) -> dict[str, t.Value]:
         """The "scale" and the "residual" of that sum, if there are such."""
-        tile, token, local = self.result()
-        output = t.least(t.add(self.first_output, t.mul(tile, OUTPUTS), local), t.sub(self.out, 1))
-        row = t.least(t.add(t.mul(self.chunk, self.plan.chunk), token), self.plan.tokens - 1)
+        _, _, row, output = self.result()
+        row, output = t.least(row, self.plan.tokens - 1), t.least(output, t.sub(self.out, 1))
         places = {"scale": output} if self.plan.scale == "rows" else {}
         if self.plan.has("residual"):
             places["residual"] = t.add(t.mul(row, self.out), output)
@@ -221,9 +223,7 @@ class ThreadProgram:
 
     def finish(self, epilogue: Mapping[str, t.Value]) -> None:
         """Adds up the sums of the warps, scales them, adds the residual, and writes them."""
-        plan, (tile, token, local) = self.plan, self.result()
-        output = t.add(self.first_output, t.mul(tile, OUTPUTS), local)
-        row = t.add(t.mul(self.chunk, plan.chunk), token)
+        plan, (token, local, row, output) = self.plan, self.result()
         inside = t.both(t.less(output, self.out), t.less(row, plan.tokens))
         with t.when(t.both(inside, t.less(self.thread, plan.tiles * plan.chunk * OUTPUTS))):
             first = t.add(t.mul(t.div(self.thread, OUTPUTS), plan.sums), local)
@@ -279,7 +279,8 @@ def _kernel(*refs, plan: Plan, outs: Sequence[int]):
             chosen = [t.select(before, *pair) for pair in zip(chosen, new, strict=True)] if chosen else new
             first += plan.blocks(out)
         own, out, y, words, books, *scale = chosen
-        given |= dict(zip(("scale",), scale, strict=False))
+        if scale:
+            (given["scale"],) = scale
         ThreadProgram(plan, (own, chunk), out, (x, words, books, y, *shared), given).run()
 
     thread(*place, *refs)
