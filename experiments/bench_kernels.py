@@ -25,8 +25,9 @@ import numpy as np
 import tyro
 
 from experiments.run import commit
-from jaxquant import CodebookTensor, UniformTensor, matmul, pack
+from jaxquant import CodebookTensor, GPTVQConfig, UniformTensor, matmul, pack
 from jaxquant.checkpoint import environment, write_json
+from jaxquant.codebook_tensor import ColumnTensor, log_scale
 from jaxquant.ops import choose, supports
 from jaxquant.serving import for_serving
 from jaxquant.tensors import QuantizedTensor
@@ -91,6 +92,18 @@ def levels(bits: int, key: jax.Array, k: int, n: int) -> CodebookTensor:
     return CodebookTensor(pack(jax.random.bits(key, (1, n, k), jnp.uint8), bits), table, None, (n, 1), (1, 1))
 
 
+def vectors(bits: int, dimension: int, key: jax.Array, k: int, n: int) -> ColumnTensor:
+    """Random codes and tables of integers, of the sizes that GPTVQ has, with its scales of rows and columns."""
+    down, across = GPTVQConfig(bits, dimension).blocks(n, k)
+    width = bits * dimension
+    books = jax.random.bits(key, (down * across, 2**width * dimension), jnp.uint8)
+    spacing = jnp.full((down * across, 1), 2**-6, jnp.float16)
+    codes = pack(jax.random.bits(key, (1, n, k // dimension), jnp.uint8), width)
+    rows, scale = jnp.ones((n, 1), jnp.float16), log_scale(jnp.ones(k))
+    books = UniformTensor(pack(books, 8), spacing, None)
+    return ColumnTensor(CodebookTensor(codes, books, rows, (down, across), (1, dimension)), scale, None)
+
+
 FORMATS: dict[str, Callable[..., QuantizedTensor]] = {
     "1x8": functools.partial(additive, 1),
     "2x8": functools.partial(additive, 2),
@@ -99,6 +112,10 @@ FORMATS: dict[str, Callable[..., QuantizedTensor]] = {
     "uniform 3-bit": functools.partial(uniform, 3),
     "uniform 2-bit": functools.partial(uniform, 2),
     "16 levels": functools.partial(levels, 4),
+    "gptvq 1D 2-bit": functools.partial(vectors, 2, 1),
+    "gptvq 2D 2-bit": functools.partial(vectors, 2, 2),
+    "gptvq 2D 3-bit": functools.partial(vectors, 3, 2),
+    "gptvq 4D 2-bit": functools.partial(vectors, 2, 4),
 }
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.book_tensor import BookTileTensor, book_tensor, has_books, why_not
 from jaxquant.codebook_tensor import ColumnTensor
 from jaxquant.kernels.codebook_matmul import api as codebook_api
 from jaxquant.kernels.uniform_matmul import api as uniform_api
@@ -152,7 +153,7 @@ def choose(weight: Any, *, tokens: int = 1) -> Implementation:
 
 def _lies_for(weight: Any, kernel: str) -> bool:
     """True for a layout that the kernel of a platform reads as it is."""
-    ours = isinstance(weight, (BankedTensor, UniformTileTensor, LevelTileTensor))
+    ours = isinstance(weight, (BankedTensor, UniformTileTensor, LevelTileTensor, BookTileTensor))
     return isinstance(weight, ServingTensor) and (ours if kernel == "gpu" else not ours)
 
 
@@ -176,6 +177,12 @@ def _leaf_reason(weight: Any, implementation: str, tokens: int) -> str | None:
         return uniform_api.supports(
             implementation, bits=weight.bits, group=group, columns=weight.shape[1], tokens=tokens
         )
+    if implementation == "gpu" and has_books(weight):
+        return why_not(weight)
+    if isinstance(weight, BookTileTensor):
+        if implementation == "gpu":
+            return None
+        return _leaf_reason(jax.eval_shape(weight.original), implementation, tokens)
     if isinstance(weight, (CodebookTensor, LookupTensor, BankedTensor, LevelWordTensor, LevelTileTensor)):
         scale = None if weight.scale is None else weight.scale.shape
         if isinstance(weight, (LevelWordTensor, LevelTileTensor)) or _by_levels(weight, implementation):
@@ -297,6 +304,14 @@ def _leaf(x: jax.Array, weight: Any, implementation: str, dtype: Any) -> jax.Arr
         weight = weight.original()  # the layout of another platform
     if implementation == "gpu" and has_scalar_codes(weight):
         weight = tile_tensor(weight)
+    if implementation == "gpu" and has_books(weight):
+        weight = book_tensor(weight)
+    if isinstance(weight, BookTileTensor):
+        if weight.scale is not None:
+            x = x.astype(jnp.float32) * jnp.repeat(weight.scale[0].astype(jnp.float32), weight.dimension)[None, :]
+        settings = {"bits": weight.bits, "dimension": weight.dimension, "block": weight.block, "out": weight.rows}
+        arrays = weight.words, weight.tables, weight.factor
+        return uniform_api.book_tile_matmul(x, *arrays, **settings, dtype=dtype)
     if isinstance(weight, UniformTileTensor):
         zero = None if weight.zero is None else weight.zero.words
         return uniform_api.uniform_tile_matmul(x, weight.words, weight.scale, zero, bits=weight.bits, dtype=dtype)

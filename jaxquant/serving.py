@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant.book_tensor import book_tensor, worth_books
 from jaxquant.codebook_tensor import ColumnTensor
 from jaxquant.kernels.codebook_matmul import api as codebook_api
 from jaxquant.kernels.codebook_matmul import layout as slot_layout
@@ -258,6 +259,8 @@ def _layout(tensor: QuantizedTensor, platform: str) -> QuantizedTensor:
         return tensor
     if platform == "gpu" and worth_tiles(tensor):
         return tile_tensor(tensor)
+    if platform == "gpu" and worth_books(tensor):
+        return book_tensor(tensor)
     if isinstance(tensor, CodebookTensor):
         additive = tensor.codes.bits == 8 and tensor.vector[0] == 1 and tensor.vector[1] >= 4
         if platform == "gpu":

@@ -92,9 +92,17 @@ class Registers:
         """A + b, modulo 2**32."""
         return arith.addi(a, b)
 
+    def subtract(self, a: Register, b: Register) -> Register:
+        """A - b, modulo 2**32."""
+        return arith.subi(a, b)
+
     def times(self, a: Register, factor: int) -> Register:
         """A * factor, modulo 2**32."""
         return arith.muli(a, self.constant(factor))
+
+    def divide(self, a: Register, divisor: int) -> Register:
+        """The quotient of unsigned numbers, rounded down."""
+        return arith.divui(a, self.constant(divisor))
 
     def shift(self, a: Register, right: int) -> Register:
         """A shifted to the right by so many bits, to the left if negative."""

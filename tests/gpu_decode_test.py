@@ -1,5 +1,6 @@
 """GPU kernels for several tokens: the decoders, run by numpy, against float64; how work is shared; lowering for a GPU."""
 
+import dataclasses
 import functools
 import importlib
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxquant import matmul, pack
+from jaxquant.grid import symmetric_scale, symmetric_tensor
 from jaxquant.kernels.codebook_matmul import layout as slot_layout
 from jaxquant.kernels.uniform_matmul import tiles
 from jaxquant.ops import supports
@@ -24,6 +26,7 @@ gpu_decode, gpu_fields, gpu_inputs, gpu_plan = (
 )
 additive = importlib.import_module("jaxquant.kernels.codebook_matmul.gpu_batch")
 scalar = importlib.import_module("jaxquant.kernels.uniform_matmul.gpu_batch")
+tables = importlib.import_module("jaxquant.kernels.uniform_matmul.gpu_books")
 
 BOUND = 1e-3
 
@@ -47,8 +50,14 @@ class Threads:
     def add(self, a, b):
         return a + b
 
+    def subtract(self, a, b):
+        return a - b
+
     def times(self, a, factor):
         return a * np.uint32(factor)
+
+    def divide(self, a, divisor):
+        return a // np.uint32(divisor)
 
     def shift(self, a, right):
         return a >> np.uint32(right) if right >= 0 else a << np.uint32(-right)
@@ -226,6 +235,35 @@ def test_levels(monkeypatch, bits, dtype):
     assert relative(y, np.asarray(x, np.float64) @ weight.T) < BOUND
 
 
+# Tables in blocks: rows x columns, in blocks of rows x columns, that divide tiles and steps, or not.
+BOOKS = [
+    ((208, 512), (16, 256)),  # as GPTVQ has them
+    ((256, 1024), (256, 512)),
+    ((300, 640), (3, 640)),
+    ((300, 288), (100, 96)),
+    ((160, 400), (10, 200)),
+    ((64, 480), (64, 24)),
+    ((130, 256), (130, 128)),
+]
+
+
+@pytest.mark.parametrize(("shape", "block"), BOOKS)
+@pytest.mark.parametrize(("bits", "d"), [(2, 1), (3, 1), (4, 1), (2, 2), (3, 2), (4, 2), (2, 4)])
+def test_tables_of_blocks(monkeypatch, shape, block, bits, d):
+    monkeypatch.setattr(gpu_decode, "matmul", emulate)
+    blocks = shape[0] // block[0], shape[1] // block[1]
+    weight = codebook_tensor(*shape, 1, 2 ** (bits * d), blocks, (1, d))[0]
+    if reason := supports(weight, "gpu"):
+        assert reason.startswith("expected at most 16384 values in the tables of 256 x 128 weights, got ")
+        assert np.prod(block) < 8 * 2 ** (bits * d) * d  # which cost more than 2 bits per weight
+        return
+    x = inputs(2, shape[1], jnp.bfloat16)
+    with jax.disable_jit():
+        y = matmul(x.astype(jnp.float32), weight, "gpu")
+    expected = np.asarray(x, np.float64) @ np.asarray(tensors.dequantize(weight), np.float64).T
+    assert relative(y, expected) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("tiles", "steps", "cores", "count"),
     [
@@ -319,6 +357,13 @@ def levels_tensor(out, n, bits):
     return codebook_tensor(out, n, 1, 2**bits, (out, 1), (1, 1))[0]
 
 
+def tables_tensor(out, n, bits, d, blocks):
+    """A random CodebookTensor with a table of integers per block, as GPTVQ's."""
+    tensor = codebook_tensor(out, n, 1, 2**bits, blocks, (1, d))[0]
+    books = tensor.codebooks.astype(jnp.float32)
+    return dataclasses.replace(tensor, codebooks=symmetric_tensor(books, symmetric_scale(books, 8, "float16"), 8))
+
+
 # name: (weight, tokens)
 PRODUCTS = {
     "2x8": (tensors.additive(520, 1024), 9),
@@ -334,6 +379,13 @@ PRODUCTS = {
     "16 levels": (levels_tensor(333, 700, 4), 64),
     "8 levels": (levels_tensor(333, 700, 3), 16),
     "4 levels": (levels_tensor(333, 700, 2), 300),
+    "tables of 4 levels": (tables_tensor(576, 1024, 2, 1, (288, 4)), 1),
+    "tables of 16 levels": (tables_tensor(333, 1024, 4, 1, (37, 4)), 20),
+    "tables of 16 pairs": (tables_tensor(576, 576, 4, 2, (36, 2)), 1),
+    "tables of 16 pairs, many tokens": (tables_tensor(512, 1024, 4, 2, (32, 4)), 600),
+    "tables of 64 pairs": (tables_tensor(640, 640, 6, 2, (20, 2)), 5),
+    "tables of 256 pairs": (tables_tensor(576, 512, 8, 2, (3, 2)), 70),
+    "tables of 256 quadruples": (tables_tensor(520, 768, 8, 4, (2, 3)), 16),
 }
 
 

@@ -1,14 +1,21 @@
 """Products with scalar codes in half words: which implementation can do which, and calling it."""
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxquant.kernels.uniform_matmul import tiles
+
 TPU_TOKENS, GPU_TOKENS = 128, 8
 GPU_COLUMNS, GPU_LEVEL_COLUMNS = 49_152, 18_432  # whose inputs, and the tables, fit in shared memory
 _NO_CPU_KERNEL = "there is a CPU kernel for additive codes only"
+# Bits of a code, and rows and columns of an entry, of which a GPU multiplies tables per block.
+BOOKS = ((2, 1, 1), (3, 1, 1), (4, 1, 1), (4, 1, 2), (6, 1, 2), (8, 1, 2), (8, 1, 4))
+BOOK_VALUES = 2**14  # of tables that shared memory has room for, per step of
+_TILE = 256, 128  # outputs and columns, at most and at least
 TPU_INPUTS = 3_500_000  # tokens * in that fit in a TPU's fast memory
 
 
@@ -39,6 +46,48 @@ def supports_levels(implementation: str, *, scale: tuple[int, ...] | None, colum
     if scale is not None and min(scale) > 1:
         return f"expected scales of rows or of columns, got scales {scale[0]} x {scale[1]}"
     return _too_many(tokens, columns) if implementation == "tpu" else _on_gpu(tokens, columns, GPU_LEVEL_COLUMNS)
+
+
+def supports_books(
+    implementation: str,
+    *,
+    bits: int,
+    count: int,
+    vector: tuple[int, int],
+    blocks: tuple[int, int],
+    shape: tuple[int, int],
+    scale: tuple[int, ...] | None,
+) -> str | None:
+    """Says why the GPU kernel cannot do a product with entries of a table per block; None if it can.
+
+    Args:
+      implementation: "gpu".
+      bits: width of a code.
+      count: M, codebooks that are added up.
+      vector: (g, d), rows and columns of an entry.
+      blocks: (R, C).
+      shape: of the weight.
+      scale: shape of the scale, or None.
+    """
+    if implementation != "gpu":
+        return f'expected "gpu" for tables of blocks, got "{implementation}"'
+    if jax.__version_info__ < (0, 11):
+        return f"expected JAX 0.11 or newer, got {jax.__version__}"
+    got = f"{bits} bits for {vector[0]} x {vector[1]}"
+    if count != 1 or (bits, *vector) not in BOOKS:
+        known = ", ".join(f"{b} bits for {g} x {d}" for b, g, d in BOOKS)
+        return f"expected one codebook per block with codes of {known}, got {count} with {got}"
+    if scale is not None and min(scale) > 1:
+        return f"expected scales of rows or of columns, got scales {scale[0]} x {scale[1]}"
+    rows, columns = shape[0] // blocks[0], shape[1] // blocks[1]
+    if columns % 8:
+        return f"expected blocks of a multiple of 8 columns, got {columns}"
+    values = 2**bits * vector[1] * tiles.cover(_TILE[0], rows, math.gcd(_TILE[0], rows))
+    values *= tiles.cover(_TILE[1], columns, math.gcd(_TILE[1], columns))
+    if values > BOOK_VALUES:
+        tile = f"{_TILE[0]} x {_TILE[1]} weights"
+        return f"expected at most {BOOK_VALUES} values in the tables of {tile}, got {values}: blocks are {rows} x {columns}"
+    return None
 
 
 def _too_many(tokens: int, columns: int) -> str | None:
@@ -90,6 +139,26 @@ def level_tile_matmul(
 
     product = (gpu if _few(x, words, bits, table=True) else gpu_batch).level_matmul
     return product(x, words, levels, scale, bits=bits, dtype=dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "dimension", "block", "out", "dtype"))
+def book_tile_matmul(
+    x: jax.Array,
+    words: jax.Array,
+    tables: jax.Array,
+    factor: jax.Array | None,
+    *,
+    bits: int,
+    dimension: int,
+    block: tuple[int, int],
+    out: int,
+    dtype: Any,
+) -> jax.Array:
+    """Returns x @ W.T by the GPU kernel, [tokens, out] of `dtype`; see `gpu_books.book_matmul`."""
+    from jaxquant.kernels.uniform_matmul import gpu_books
+
+    sizes: dict[str, Any] = {"bits": bits, "dimension": dimension, "block": block, "out": out}
+    return gpu_books.book_matmul(x, words, tables, factor, dtype=dtype, **sizes)
 
 
 def _few(x: jax.Array, words: jax.Array, bits: int, *, table: bool) -> bool:

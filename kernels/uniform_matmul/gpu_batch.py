@@ -18,16 +18,18 @@ from jaxquant.kernels import gpu_decode, gpu_fields, gpu_plan
 from jaxquant.kernels import gpu_registers as gr
 from jaxquant.kernels.uniform_matmul import tiles
 
-_WIDTH = 64  # columns of a fragment, at most
+WIDTH = 64  # columns of a fragment, at most
 _STAGES = 3  # steps in flight that shared memory should hold
 _PAIR = 0x10001  # a number of 16 bits times this: twice
 # 1024 in float16 and 128 in bfloat16, twice: a number of up to 10 or 7 bits in their place is added to it.
 _ONE_UNIT = {jnp.dtype(jnp.float16): 0x64006400, jnp.dtype(jnp.bfloat16): 0x43004300}
 
+Planes = tuple[list[Any], list[Any]]  # low and high bytes of a table's levels, four to a register
+
 
 @dataclasses.dataclass(frozen=True)
-class _TileDecoder:
-    """What uniform codes and levels have in common, see `gpu_plan.Decoder`.
+class TileDecoder:
+    """What decoders of scalar codes in tiles have in common, see `gpu_plan.Decoder`.
 
     Attributes:
       bits: of a code.
@@ -52,6 +54,11 @@ class _TileDecoder:
     def fragments(self) -> int:
         """Of a chunk."""
         return tiles.chunk_columns(self.bits) // self.width
+
+    @property
+    def groups(self) -> int:
+        """Of 32 columns in a chunk."""
+        return tiles.chunk_columns(self.bits) // 32
 
     @property
     def steps(self) -> int:
@@ -111,7 +118,7 @@ class _TileDecoder:
 
 
 @dataclasses.dataclass(frozen=True)
-class UniformDecoder(_TileDecoder):
+class UniformDecoder(TileDecoder):
     """Words in tiles, perhaps zeros uint8 [groups, out] and scales [groups, out].
 
     Attributes:
@@ -188,7 +195,7 @@ class UniformDecoder(_TileDecoder):
 
 
 @dataclasses.dataclass(frozen=True)
-class LevelDecoder(_TileDecoder):
+class LevelDecoder(TileDecoder):
     """Words in tiles for tables, and levels float16 [out, 2**bits].
 
     Attributes:
@@ -203,47 +210,54 @@ class LevelDecoder(_TileDecoder):
         words, pairs = self._words(r, call, blocks, state), []
         for b in range(blocks):
             planes = [self._planes(r, state.tables[0], r.add(state.row, r.row(b, h))) for h in range(2)]
-            pairs.append([self._look_up(r, words[b][h], planes[h]) for h in range(2)])
+            pairs.append([look_up(r, self.bits, words[b][h], [planes[h]] * self.groups) for h in range(2)])
         return self._fragments(pairs)
 
-    def _planes(self, r: gr.Registers, levels: Any, row: Any) -> tuple[list[Any], list[Any]]:
-        """Low and high bytes of a row's levels, four to a register."""
+    def _planes(self, r: gr.Registers, levels: Any, row: Any) -> Planes:
+        """Those of a row's levels."""
         row_bytes, words = 2 * 2**self.bits, []
         start = r.times(r.least(row, self.out - 1), row_bytes)
         for offset in range(0, row_bytes, 16):
             words += r.load_global(levels, r.add(start, r.constant(offset)), min(4, row_bytes // 4))
-        pairs = list(zip(words[::2], words[1::2], strict=True))
-        low, high = r.constant(0x6420), r.constant(0x7531)
-        return [r.permute(a, b, low) for a, b in pairs], [r.permute(a, b, high) for a, b in pairs]
+        return byte_planes(r, words)
 
-    def _look_up(self, r: gr.Registers, words: list[Any], planes: tuple[list[Any], list[Any]]) -> list[Any]:
-        """Pairs of levels of words, in the order of the columns."""
-        pairs = []
-        if self.bits == 4:
-            for half in (half for word in words for half in (word, r.shift(word, 16))):
-                low, high = self._four_of_sixteen(r, half, planes)
-                pairs += [r.permute(low, high, r.constant(order)) for order in (0x5140, 0x7362)]
-            return pairs
-        codes = [r.shift(x, 2 * self.bits * i) for x in words for i in range(16 // self.bits)]
-        if self.bits == 3:  # two bits of the sixteenth pair are in each word's last bits
-            last = [r.shift(r.mask(x, 3 << 30), 30 - 2 * i) for i, x in enumerate(words)]
-            codes.append(r.either(r.either(last[0], last[1]), last[2]))
-        one = 2**self.bits - 1
-        for code in codes:
-            second = r.mask(r.shift(code, self.bits - 4), one << 4)
-            selector = r.either(r.mask(code, one), second)
-            low, high = (r.permute(plane[0], plane[-1], selector) for plane in planes)
-            pairs.append(r.permute(low, high, r.constant(0x5140)))
+
+def byte_planes(r: gr.Registers, words: Sequence[Any]) -> Planes:
+    """Bytes of the levels of a table, of which a word holds two."""
+    pairs = list(zip(words[::2], words[1::2], strict=True))
+    low, high = r.constant(0x6420), r.constant(0x7531)
+    return [r.permute(a, b, low) for a, b in pairs], [r.permute(a, b, high) for a, b in pairs]
+
+
+def look_up(r: gr.Registers, bits: int, words: Sequence[Any], planes: Sequence[Planes]) -> list[Any]:
+    """Pairs of levels of a row's words, in the order of the columns; a table for every 32 columns."""
+    pairs = []
+    if bits == 4:
+        for i, half in enumerate(half for word in words for half in (word, r.shift(word, 16))):
+            low, high = _four_of_sixteen(r, half, planes[i // 2])
+            pairs += [r.permute(low, high, r.constant(order)) for order in (0x5140, 0x7362)]
         return pairs
+    codes = [r.shift(x, 2 * bits * i) for x in words for i in range(16 // bits)]
+    if bits == 3:  # two bits of the sixteenth pair are in each word's last bits
+        last = [r.shift(r.mask(x, 3 << 30), 30 - 2 * i) for i, x in enumerate(words)]
+        codes.append(r.either(r.either(last[0], last[1]), last[2]))
+    one = 2**bits - 1
+    for i, code in enumerate(codes):
+        second = r.mask(r.shift(code, bits - 4), one << 4)
+        selector = r.either(r.mask(code, one), second)
+        low, high = (r.permute(plane[0], plane[-1], selector) for plane in planes[i // 4])
+        pairs.append(r.permute(low, high, r.constant(0x5140)))
+    return pairs
 
-    def _four_of_sixteen(self, r: gr.Registers, codes: Any, planes: tuple[list[Any], list[Any]]) -> list[Any]:
-        """Low and high bytes of four levels: lookups in both halves of the levels, and a choice by the codes' last bit."""
-        selector = r.mask(codes, 0x7777)
-        choice = r.either(r.mask(r.shift(codes, 1), 0x4444), r.constant(0x3210))
-        return [r.permute(r.permute(a, b, selector), r.permute(c, d, selector), choice) for a, b, c, d in planes]
+
+def _four_of_sixteen(r: gr.Registers, codes: Any, planes: Planes) -> list[Any]:
+    """Low and high bytes of four levels: lookups in both halves of the levels, and a choice by the codes' last bit."""
+    selector = r.mask(codes, 0x7777)
+    choice = r.either(r.mask(r.shift(codes, 1), 0x4444), r.constant(0x3210))
+    return [r.permute(r.permute(a, b, selector), r.permute(c, d, selector), choice) for a, b, c, d in planes]
 
 
-def _calls(bits: int, config: gpu_plan.BlockConfig) -> int:
+def step_chunks(bits: int, config: gpu_plan.BlockConfig) -> int:
     """Chunks of the longest step of which enough fit into shared memory."""
     chunk = tiles.chunk_columns(bits) * (2 * config.tokens + config.rows * bits // 8)  # bytes
     return next((calls for calls in (4, 2) if _STAGES * calls * chunk <= gpu_plan.SHARED), 1)
@@ -273,10 +287,10 @@ def uniform_matmul(
     (groups, out), columns = scale.shape, x.shape[1]
     scaled = groups > 1
     config = config or gpu_plan.block_config(len(x), out, scaled=scaled)
-    blocks, calls = words.shape[1], _calls(bits, config)
+    blocks, calls = words.shape[1], step_chunks(bits, config)
     group = columns // groups if scaled else blocks * tiles.block_columns(bits)
     half = jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float16
-    width = math.gcd(_WIDTH, tiles.chunk_columns(bits), group)
+    width = math.gcd(WIDTH, tiles.chunk_columns(bits), group)
     decoder = UniformDecoder(bits, blocks, config.rows, calls, width, group, zero is not None, scaled, half)
     streams = [decoder.stream(words)]
     if zero is not None:
@@ -313,7 +327,7 @@ def level_matmul(
     row_scale = None if scale is None or scale.shape[1] > 1 else scale[:, 0]
     if scale is not None and row_scale is None:
         x = x.astype(jnp.float32) * scale.astype(jnp.float32)
-    decoder = LevelDecoder(bits, words.shape[1], config.rows, _calls(bits, config), _WIDTH, out)
+    decoder = LevelDecoder(bits, words.shape[1], config.rows, step_chunks(bits, config), WIDTH, out)
     factor = gpu_fields.row_factor([row_scale, None if level_scale is None else level_scale[:, 0]], out)
     return gpu_decode.matmul(
         x, [decoder.stream(words)], [levels], decoder, out=out, config=config, factor=factor, dtype=dtype

@@ -8,7 +8,12 @@ of the chunk the 8 from 8 t on. Columns come in pairs, and a word holds 16 // bi
 On a grid, a pair is a code in each half of a word, so that a mask cuts out two codes at the same place of both halves.
 For tables, a pair is one number, the second code above the first. Of 3 bits, words hold five pairs, and three words
 share the sixteenth pair between the bits that are left. Nothing is lost: a word holds 32 bits of codes.
+
+Codes of entries of d columns are d such codes, their digits, the first one lowest. The entries' tables, one for every block
+of the weight, follow each other along the outputs, and copies of them consist of units.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +21,7 @@ import numpy as np
 
 ROWS = 16  # of a tile
 WARPS = 4  # of a warpgroup
+UNIT = 64  # values of a unit, at most; copies are of a multiple of as many
 
 
 def thread_words(bits: int) -> int:
@@ -111,3 +117,40 @@ def from_tiles(words: jax.Array, bits: int, out: int, columns: int, *, table: bo
     codes = codes.reshape(tiles, blocks, WARPS, 8, 4, 2, chunk_columns(bits) // 32, 8)
     codes = codes.transpose(0, 5, 3, 1, 2, 6, 4, 7).reshape(tiles * ROWS, -1)
     return codes[:out, :columns].astype(jnp.uint8)
+
+
+def to_digits(codes: jax.Array, bits: int, dimension: int) -> jax.Array:
+    """Codes [out, in / d] of entries of d columns as unsigned integers [out, in] of `bits` bits."""
+    if dimension == 1:
+        return codes
+    digits = codes.astype(jnp.uint32)[..., None] >> _shifts(dimension, bits, codes.ndim + 1)
+    return (digits & np.uint32(2**bits - 1)).reshape(len(codes), -1)
+
+
+def from_digits(digits: jax.Array, bits: int, dimension: int) -> jax.Array:
+    """Inverse of `to_digits`: uint32 [out, in / d]."""
+    digits = digits.astype(jnp.uint32).reshape(len(digits), -1, dimension)
+    return (digits << _shifts(dimension, bits, digits.ndim)).sum(-1, dtype=jnp.uint32)
+
+
+def unit_size(values: int) -> int:
+    """Values of a unit, for tables of so many: part of a table or, lest it has less than 16 bytes, several."""
+    return math.gcd(UNIT, max(8, values))
+
+
+def to_units(tables: jax.Array) -> jax.Array:
+    """Tables [R, C, values] as [C, units, unit]."""
+    unit = unit_size(tables.shape[-1])
+    lines = jnp.swapaxes(tables, 0, 1).reshape(tables.shape[1], -1)
+    return jnp.pad(lines, ((0, 0), (0, -lines.shape[1] % unit))).reshape(len(lines), -1, unit)
+
+
+def from_units(units: jax.Array, rows: int, values: int) -> jax.Array:
+    """Inverse of `to_units` for R = rows."""
+    tables = units.reshape(len(units), -1)[:, : rows * values]
+    return jnp.swapaxes(tables.reshape(len(units), rows, values), 0, 1)
+
+
+def cover(size: int, block: int, grain: int) -> int:
+    """Blocks of which a piece of a row may have a part, if pieces start at multiples of `grain`, a divisor of blocks."""
+    return 1 + -(-(size - grain) // block)
