@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxquant import CodebookTensor, matmul
-from jaxquant.kernels.codebook_matmul import gpu, gpu_gather, gpu_gather_plan, gpu_plan, layout
+from jaxquant import CodebookTensor, matmul, pack
+from jaxquant.kernels.codebook_matmul import api, gpu, gpu_gather, gpu_gather_plan, gpu_plan, layout
 from jaxquant.kernels.codebook_matmul.gpu_plan import BlockConfig, block_config
 from jaxquant.kernels.codebook_matmul.layout import SET
 from jaxquant.ops import choose, matmul_each, supports
@@ -36,19 +36,23 @@ def test_banked_words_hold_the_codes(count, out, groups):
     np.testing.assert_array_equal(layout.from_banked_words(words, count, groups), codes)
 
 
-def modelled(x, weight, config, monkeypatch):
+def modelled(x, weight, config, monkeypatch, prologue=None, residual=None):
     """The kernel's result and the most accesses of a bank, by `tests.gpu_model`."""
-    arrays = x, np.asarray(weight.words), np.asarray(weight.codebooks), weight.scale
-    plan = gpu_plan.make_plan(*arrays, dimension=weight.dimension, dtype=np.float32, config=config)
+    arrays = [None if part is None else np.asarray(part) for part in (weight.words, weight.codebooks, weight.scale)]
+    settings = {"dimension": weight.dimension, "dtype": np.float32, "config": config}
+    plan = gpu_plan.make_plan(x, [arrays], prologue, residual, **settings)
     y = np.full((len(x), weight.shape[0]), np.nan, np.float32)
+    given = {"scale": arrays[2], "prologue": next(iter(jax.tree.leaves(prologue)), None), "residual": residual}
+    given = {name: np.asarray(array) for name, array in given.items() if array is not None}
     most = 0
     for cluster, chunk in np.ndindex(plan.grid):
         model = Model(config.cluster, plan.threads)
         model.patch(monkeypatch)
-        tables, barrier = model.shared(config.sets * plan.chunk * gpu_plan.TABLE_BYTES), model.shared(8)
-        refs = [*map(model.global_, (*arrays[:3], y)), tables, model.shared(4 * plan.sums), model.shared(4 * plan.sums)]
-        scale = [] if weight.scale is None else [model.global_(np.asarray(weight.scale).reshape(-1))]
-        gpu.ThreadProgram(plan, (model.block, cluster, chunk), (*refs, barrier, *scale)).run()
+        sizes = config.sets * plan.chunk * gpu_plan.TABLE_BYTES, 4 * plan.sums, 4 * plan.sums, 8, 4 * plan.warps * plan.chunk
+        addresses = [*map(model.global_, (x, *arrays[:2], y)), *map(model.shared, sizes)]
+        pointers = {name: model.global_(array.reshape(-1)) for name, array in given.items()}
+        place = model.block, cluster, chunk
+        gpu.ThreadProgram(plan, place, weight.shape[0], addresses, pointers).run()
         most = max(most, model.most_in_a_bank)
     return y, most
 
@@ -153,6 +157,18 @@ def test_the_gathering_kernel_has_prologues(weight, tokens, name, monkeypatch):
     assert relative(y, expected_product(x, weight, prologue, residual)) < 1e-6
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("name", prologues(8, 1))
+def test_the_lookup_kernel_has_prologues(tokens, name, monkeypatch):
+    weight = additive(100, 520)
+    rng = np.random.default_rng(0)
+    x, residual = (rng.standard_normal((tokens, n)).astype(np.float32) for n in (520, 100))
+    prologue = prologues(520, tokens)[name]
+    config = BlockConfig(1, 2, 2, 1, 64)
+    y, _ = modelled(x, banked_tensor(weight), config, monkeypatch, prologue, residual)
+    assert relative(y, expected_product(x, weight, prologue, residual)) < 2e-6
+
+
 def test_scales_of_columns_and_half_precision(monkeypatch):
     weight = additive(40, 200, scaled=False)
     scale = jnp.asarray(np.random.default_rng(1).uniform(0.5, 1.5, (1, 25)), jnp.float16)
@@ -165,11 +181,11 @@ def test_scales_of_columns_and_half_precision(monkeypatch):
 
 
 @settings(max_examples=50)
-@given(st.integers(1, 2000), st.integers(1, 200_000), st.integers(1, 3))
-def test_every_size_has_a_division(total_sets, out, chunk):
-    config = block_config(total_sets, out, chunk)
+@given(st.integers(1, 2000), st.lists(st.integers(1, 200_000), min_size=1, max_size=4), st.integers(1, 3))
+def test_every_size_has_a_division(total_sets, outs, chunk):
+    config = block_config(total_sets, outs, chunk)
     sums = 4 * chunk * config.teams * config.width
-    arrays = config.sets * chunk * gpu_plan.TABLE_BYTES, sums, sums, 8
+    arrays = config.sets * chunk * gpu_plan.TABLE_BYTES, sums, sums, 8, 4 * chunk * 4 * config.warpgroups
     assert sum(-(-size // 1024) for size in arrays) <= 226  # Pallas aligns them so; all 227 KB are refused
     assert config.width % 32 == config.width % config.cluster == config.sets % config.teams == 0
 
@@ -213,7 +229,7 @@ LOWERED = {
 def by_lookup(x, weight):
     """The product by the kernel that `matmul` uses for large weights only."""
     settings = {"dimension": weight.dimension, "dtype": x.dtype}
-    return gpu.lookup_matmul(x, weight.words, weight.codebooks, weight.scale, **settings)
+    return gpu.lookup_matmul(x, [(weight.words, weight.codebooks, weight.scale)], **settings)
 
 
 @needs_mosaic
@@ -262,14 +278,20 @@ def test_on_a_gpu(name):
             np.testing.assert_array_equal(product(x, served), y)
 
 
+def empty_additive(out, columns):
+    """A weight of zeros, quickly."""
+    codes, books = jnp.zeros((2, out, columns // 8), jnp.uint8), jnp.zeros((2, 2048), jnp.float16)
+    return CodebookTensor(pack(codes, 8), books, jnp.ones((out, 1), jnp.float16), (1, 1), (1, 8))
+
+
 @needs_mosaic
 @pytest.mark.parametrize("name", [None, *prologues(8, 1)])
-@pytest.mark.parametrize("outs", [(96, 40, 40), (96,)])
+@pytest.mark.parametrize("outs", [(96, 40, 40), (96,), (4096, 512, 512), (4096,)])  # gathered, and by lookup
 def test_products_of_one_input_are_one_launch(name, outs):
-    weights = [banked_tensor(additive(n, 576)) for n in outs]
+    weights = [banked_tensor(empty_additive(n, 576)) for n in outs]
     x = jnp.ones((2, 576), jnp.bfloat16)
     prologue = None if name is None else jax.tree.map(jnp.asarray, prologues(576, 2, jnp.bfloat16)[name])
-    residual = jnp.ones((2, 96), jnp.bfloat16) if len(outs) == 1 else None
+    residual = jnp.ones((2, outs[0]), jnp.bfloat16) if len(outs) == 1 else None
     product = jax.jit(lambda x, weights: matmul_each(x, weights, "gpu", prologue=prologue, residual=residual))
     text = product.trace(x, weights).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call @") == 1
@@ -282,7 +304,11 @@ def test_products_of_one_input_are_one_launch(name, outs):
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("name", [None, *prologues(8, 1)])
 @pytest.mark.parametrize("outs", [(576, 192, 40), (576,)])
-def test_fused_products_on_a_gpu(tokens, name, outs):
+@pytest.mark.parametrize("by_lookup", [False, True])
+def test_fused_products_on_a_gpu(tokens, name, outs, by_lookup, monkeypatch):
+    if by_lookup:
+        monkeypatch.setattr(api, "GATHER_SIZE", 0)
+        jax.clear_caches()
     weights = [additive(n, 576) for n in outs]
     rng = np.random.default_rng(0)
     x, residual = (rng.standard_normal((tokens, 576)).astype(np.float32) for _ in range(2))

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant.kernels.codebook_matmul.layout import Weight, alike
 from jaxquant.prologue import Prologue
 
 # Beyond these the tables cost more than they save; on TPUs and GPUs other kernels decode then, on GPUs what they can.
@@ -122,8 +123,6 @@ def codebook_matmul(
     return product(x, slots, codebooks, scale, **settings)
 
 
-Weight = tuple[jax.Array, jax.Array, jax.Array | None]  # words, codebooks and scale of a product on a GPU
-
 
 def _gather_plan(x: Any, weights: Sequence[Weight], prologue: Any, residual: Any, dimension: int, dtype: Any) -> Any:
     """The plan of `gpu_gather` for products with few tokens and small weights that it can do together, otherwise None."""
@@ -160,12 +159,12 @@ def banked_matmuls(
     plan = _gather_plan(x, weights, prologue, residual, **settings)
     if plan is not None:
         return gpu_gather.gather_matmul(plan, x, weights, prologue, residual)
+    most = GPU_TOKENS if x.dtype == jnp.float32 else GPU_TABLE_TOKENS  # decoding rounds inputs to float16
+    by_lookup = len(x) <= most or not _decodes(len(weights[0][1]), dimension)
+    if by_lookup and alike(weights):
+        return gpu.lookup_matmul(x, weights, prologue, residual, **settings)
     x = x if prologue is None else prologue(x)
     if len(weights) > 1:
         return [banked_matmuls(x, [weight], **settings)[0] for weight in weights]
-    most = GPU_TOKENS if x.dtype == jnp.float32 else GPU_TABLE_TOKENS  # decoding rounds inputs to float16
-    if len(x) > most and _decodes(len(weights[0][1]), dimension):
-        y = gpu_batch.decode_matmul(x, *weights[0], dtype=dtype)
-    else:
-        y = gpu.lookup_matmul(x, *weights[0], **settings)
+    y = gpu_batch.decode_matmul(x, *weights[0], dtype=dtype)
     return [y if residual is None else residual + y]

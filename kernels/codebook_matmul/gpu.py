@@ -9,10 +9,15 @@ over the slot's place in the table's row, the load, and an addition.
 A cluster of blocks has the same outputs and divides the inputs. Each block builds the tables of its slots on the matrix
 unit, a pass of a few sets at a time, and streams the codes through registers. Sums over the passes are held in shared
 memory; those over the cluster are added up in a fixed order, each block's share of the outputs.
+
+Products of one input with several weights are one launch: a cluster has outputs of one of them, and more outputs than it
+would have of that one alone, for which it builds the same tables. What the result is multiplied by and added to is asked
+for in the beginning; for norms and gates see `gpu_fused`.
 """
 
 import contextlib
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,10 +26,12 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.kernels import gpu_threads as t
+from jaxquant.kernels.codebook_matmul import gpu_fused
 from jaxquant.kernels.codebook_matmul.gpu_exchange import Exchange
 from jaxquant.kernels.codebook_matmul.gpu_plan import TABLE_BYTES, WARP, BlockConfig, Plan, make_plan
 from jaxquant.kernels.codebook_matmul.gpu_tables import TableBuilder
-from jaxquant.kernels.codebook_matmul.layout import LANES
+from jaxquant.kernels.codebook_matmul.layout import LANES, Weight
+from jaxquant.prologue import Prologue
 
 
 class ThreadProgram:
@@ -32,16 +39,25 @@ class ThreadProgram:
 
     Args:
       plan: sizes.
-      place: index of the block in its cluster, of the cluster along the outputs, and of the chunk of tokens.
-      refs: x [tokens, in], words [4 * sets, out, 4], codebooks [M, K * d], y [tokens, out], the tables, sums, inbox and
-        barrier of the block, and the scale.
+      place: index of the block in its cluster, of the cluster among those of the weight, and of the chunk of tokens.
+      out: outputs of the weight.
+      addresses: of x [tokens, in], words [4 * sets, out, 4], codebooks [M, K * d], y [tokens, out], and of the tables,
+        sums, inbox and barrier of the block, and its sums of squares if there is a norm.
+      given: addresses of "scale", "prologue" (norm's weight [in] or gate [tokens, in]) and "residual" [tokens, out], if
+        there are such.
     """
 
-    def __init__(self, plan: Plan, place: tuple[t.Value, ...], refs: tuple[t.Value, ...]):
-        self.plan = plan
+    def __init__(
+        self,
+        plan: Plan,
+        place: tuple[t.Value, ...],
+        out: t.Int,
+        addresses: Sequence[t.Value],
+        given: Mapping[str, t.Value],
+    ):
+        self.plan, self.out, self.given = plan, out, given
         self.block, cluster, self.chunk = place
-        x, self.words, books, self.y, self.tables, self.sums, inbox, barrier, *scale = map(t.pointer, refs)
-        self.scale = scale[0] if scale else None
+        self.x, self.words, books, self.y, self.tables, self.sums, inbox, barrier, *self.squares = addresses
         self.thread = self.member = t.thread_index()
         self.team: t.Int = 0
         if plan.config.teams > 1:
@@ -49,8 +65,7 @@ class ThreadProgram:
             self.team = t.div(t.warp_index(), plan.members // WARP)
             self.member = t.sub(self.thread, t.mul(self.team, plan.members))
         self.first_output = t.mul(cluster, plan.config.width)
-        column_scale = self.scale if plan.scale == "columns" else None
-        self.builder = TableBuilder(plan, self.first_set, self.chunk, x, books, column_scale)
+        self.builder = TableBuilder(plan, self.first_set, self.chunk, self.x, books, given)
         self.exchange = Exchange(plan, self.block, inbox, barrier)
         # Places in a row of a table, four steps in a word.
         lane = t.rem(self.thread, WARP)
@@ -66,6 +81,8 @@ class ThreadProgram:
         plan = self.plan
         steps, ahead, unit = plan.passes * plan.tiles, plan.config.ahead, 16 * plan.own_sets
         words = [word for i in range(ahead) for word in self.load_words(t.add(min(i, steps - 1)))]
+        epilogue = [self.load_epilogue(start) for start in range(0, plan.share, plan.threads)]
+        self.add_squares()
         self.exchange.open()
 
         def one_pass(index, words):
@@ -84,14 +101,28 @@ class ThreadProgram:
 
         t.loop(plan.passes, one_pass, words)
         self.exchange.receive()
-        self.finish()
+        self.finish(epilogue)
+
+    def add_squares(self) -> None:
+        """Writes each warp's sums of squares of all inputs, float32 [token, warp], if there is a norm."""
+        plan = self.plan
+        for token in range(plan.chunk if plan.norm is not None else 0):
+            line, total = t.at(self.x, t.mul(self.row(token), plan.columns * plan.size("x"))), t.number(0.0)
+            for first in range(0, plan.columns // 4, plan.threads):
+                piece = t.add(self.thread, first)
+                place = t.mul(t.least(piece, plan.columns // 4 - 1), 4 * plan.size("x"))
+                values = t.load(t.at(line, place), plan.dtypes["x"], 4)
+                more = gpu_fused.sum_squares(values, total)
+                total = t.select(t.less(piece, plan.columns // 4), more, total)
+            sums = t.at(self.squares[0], 4 * plan.warps * token)
+            gpu_fused.store_of_warp(total, t.div(self.thread, WARP), sums)
 
     def load_words(self, step: t.Value) -> list[t.Value]:
         """Words of this thread's output and its team's sets, for step = pass * tiles + tile."""
         plan = self.plan
         index, tile = t.div(step, plan.tiles), t.rem(step, plan.tiles)
         output = t.add(self.first_output, t.least(t.add(t.mul(tile, plan.members), self.member), plan.config.width - 1))
-        output = t.least(output, plan.out - 1)
+        output = t.least(output, t.sub(self.out, 1))
         first = t.add(self.first_set(index), t.mul(self.team, plan.own_sets))
         words = []
         for s in range(plan.own_sets):
@@ -99,8 +130,8 @@ class ThreadProgram:
             if plan.room != plan.total_sets:
                 own = t.least(own, plan.total_sets - 1)
             # A set's four lines are 16 bytes per output each.
-            line = t.at(self.words, t.mul(own, 64 * plan.out), t.mul(output, 16))
-            words += [word for q in range(4) for word in t.stream_words(t.at(line, 16 * plan.out * q))]
+            line = t.at(self.words, t.mul(own, t.mul(self.out, 64)), t.mul(output, 16))
+            words += [word for q in range(4) for word in t.stream_words(t.at(line, t.mul(self.out, 16 * q)))]
         return words
 
     def look_up(self, words: list[t.Value]) -> list[t.Value]:
@@ -136,65 +167,96 @@ class ThreadProgram:
                 with t.when(t.less(plan.passes - 2, index)) if plan.passes > 1 else contextlib.nullcontext():
                     self.exchange.send(output, self.team, token, value)
 
-    def finish(self) -> None:
+    def own_output(self, start: int) -> tuple[t.Value, t.Value]:
+        """Of this thread's outputs of the block's share: the index in the share, and in the weight."""
+        local = t.add(self.thread, start)
+        return local, t.add(self.first_output, t.mul(self.block, self.plan.share), local)
+
+    def load_epilogue(self, start: int) -> list[dict[str, t.Value]]:
+        """The "scale" of an output and the "residual" of each token, as far as there are such."""
+        plan, output = self.plan, t.least(self.own_output(start)[1], t.sub(self.out, 1))
+        rows = {"scale": self.load_one("scale", output)} if plan.scale == "rows" else {}
+        epilogue = []
+        for token in range(plan.chunk):
+            values = dict(rows)
+            if "residual" in plan.dtypes:
+                values["residual"] = self.load_one("residual", t.add(t.mul(self.row(token), self.out), output))
+            epilogue.append(values)
+        return epilogue
+
+    def load_one(self, name: str, place: t.Value) -> t.Value:
+        """A value of one of the arrays that are given."""
+        plan = self.plan
+        return t.load(t.at(self.given[name], t.mul(place, plan.size(name))), plan.dtypes[name])[0]
+
+    def row(self, token: int) -> t.Value:
+        """Row of x of a token of the chunk; some other one where there is none."""
+        return t.least(t.add(t.mul(self.chunk, self.plan.chunk), token), self.plan.tokens - 1)
+
+    def finish(self, epilogue: Sequence[Sequence[Mapping[str, t.Value]]]) -> None:
         """Adds up, scales and writes this block's share of the outputs."""
         plan = self.plan
-        for start in range(0, plan.share, plan.threads):
-            local = t.add(self.thread, start)
-            output = t.add(self.first_output, t.mul(self.block, plan.share), local)
-            with t.when(t.both(t.less(local, plan.share), t.less(output, plan.out))):
-                for token in range(plan.chunk):
+        for start, values in zip(range(0, plan.share, plan.threads), epilogue, strict=True):
+            local, output = self.own_output(start)
+            with t.when(t.both(t.less(local, plan.share), t.less(output, self.out))):
+                for token, given in enumerate(values):
                     value = self.exchange.total(local, token)
-                    if plan.scale == "rows":
-                        kind = plan.dtypes["scale"]
-                        (factor,) = t.load(t.at(self.scale, t.mul(output, jnp.dtype(kind).itemsize)), kind)
-                        value = t.fmul(value, factor)
+                    value = t.fmul(value, given["scale"]) if "scale" in given else value
+                    if plan.norm is not None:
+                        squares = t.at(self.squares[0], 4 * plan.warps * token)
+                        value = t.fmul(value, gpu_fused.norm_factor(squares, plan.warps, plan.columns, plan.norm[0]))
+                    value = t.fadd(value, given["residual"]) if "residual" in given else value
                     self.write(value, output, token)
 
     def write(self, value: t.Value, output: t.Value, token: int) -> None:
         """Writes an element of y."""
-        plan, kind = self.plan, self.plan.dtypes["y"]
-        size = jnp.dtype(kind).itemsize
+        plan = self.plan
         line = t.add(t.mul(self.chunk, plan.chunk), token)
         with t.when(t.less(line, plan.tokens)) if plan.tokens % plan.chunk else contextlib.nullcontext():
-            t.store(value, t.at(self.y, t.mul(line, plan.out * size), t.mul(output, size)), kind)
+            place = t.add(t.mul(line, self.out), output)
+            t.store(value, t.at(self.y, t.mul(place, plan.size("y"))), plan.dtypes["y"])
 
 
-def _kernel(*refs, plan: Plan):
+def _kernel(*refs, plan: Plan, scratch: int):
     place = [lax.axis_index(name) for name in ("block", "cluster", "chunk")]
     if plan.config.overlap:
         plgpu.griddepcontrol_launch_dependents()
         plgpu.griddepcontrol_wait()
-    x, words, books, *rest = refs
-    scale, (y, *scratch) = rest[:-5], rest[-5:]
     scalar = plgpu.Layout.WG_SPLAT(())
 
     @plgpu.inline_mgpu(arg_types=(scalar,) * 3 + (plgpu.RefType(),) * len(refs))
     def thread(_, block, cluster, chunk, *refs):
-        ThreadProgram(plan, tuple(i.registers.item() for i in (block, cluster, chunk)), refs).run()
+        block, cluster, chunk = (i.registers.item() for i in (block, cluster, chunk))
+        addresses = list(map(t.pointer, refs))
+        clusters = [plan.clusters(out) for out in plan.outs]
+        own, out, arrays, given = gpu_fused.place(cluster, plan.outs, clusters, addresses[:-scratch], plan)
+        ThreadProgram(plan, (block, own, chunk), out, (*arrays, *addresses[-scratch:]), given).run()
 
-    thread(*place, x, words, books, y, *scratch, *scale)
+    thread(*place, *refs)
 
 
 def lookup_matmul(
     x: jax.Array,
-    words: jax.Array,
-    codebooks: jax.Array,
-    scale: jax.Array | None,
+    weights: Sequence[Weight],
+    prologue: Prologue | None = None,
+    residual: jax.Array | None = None,
     *,
     dimension: int,
     dtype: Any = jnp.float32,
     config: BlockConfig | None = None,
-) -> jax.Array:
-    """Returns x @ W.T by partial products, [tokens, out] of `dtype`; sums are float32 and always in the same order.
+) -> list[jax.Array]:
+    """Returns residual + prologue(x) @ W.T for several weights by partial products, each [tokens, out] of `dtype`.
+
+    Sums are float32 and always in the same order.
 
     Args:
       x: float [tokens, in]; the time grows with the tokens.
-      words: uint32 [4 * sets, out, 4], see `layout.banked_words`.
-      codebooks: float [M, K * d], M of 1, 2, 4 or 8.
-      scale: float [out or 1, 1] or [1, in / d], or None.
+      weights: of each, words uint32 [4 * sets, out, 4], see `layout.banked_words`; codebooks float [M, K * d], M of 1, 2, 4
+        or 8; scale float [out or 1, 1] or [1, in / d], or None. They differ in their outputs only, see `layout.alike`.
+      prologue: with a float array [in] or [tokens, in], or None.
+      residual: float [tokens, out] of the only weight, or None.
       dimension: d, 4, 8 or 16.
-      dtype: of the result.
+      dtype: of the results.
       config: division of the work; by default that of `block_config`.
 
     Raises:
@@ -202,24 +264,25 @@ def lookup_matmul(
     """
     if config is not None and config.cluster < 2:
         raise ValueError(f"cluster: expected 2 to 8 blocks, got {config.cluster}; a block alone is no cluster")
-    if scale is not None and scale.size == 1:
-        scale = jnp.broadcast_to(scale, (words.shape[1], 1))
-    plan = make_plan(x, words, codebooks, scale, dimension=dimension, dtype=dtype, config=config)
+    plan = make_plan(x, weights, prologue, residual, dimension=dimension, dtype=dtype, config=config)
+    shared = [
+        plgpu.SMEM((plan.config.sets * plan.chunk * TABLE_BYTES // 4,), jnp.float32),
+        plgpu.SMEM((plan.sums,), jnp.float32),
+        plgpu.SMEM((plan.sums,), jnp.float32),
+        plgpu.SMEM((2,), jnp.int32),
+    ]
+    if plan.norm is not None:
+        shared.append(plgpu.SMEM((plan.chunk * plan.warps,), jnp.float32))
     kernel = plgpu.kernel(
-        functools.partial(_kernel, plan=plan),
-        out_type=jax.ShapeDtypeStruct((plan.tokens, plan.out), dtype),
+        functools.partial(_kernel, plan=plan, scratch=len(shared)),
+        out_type=[jax.ShapeDtypeStruct((plan.tokens, out), dtype) for out in plan.outs],
         grid=plan.grid,
         grid_names=("cluster", "chunk"),
         cluster=(plan.config.cluster,),
         cluster_names=("block",),
         num_threads=plan.config.warpgroups,
         thread_name="warpgroup",
-        scratch_types=[
-            plgpu.SMEM((plan.config.sets * plan.chunk * TABLE_BYTES // 4,), jnp.float32),
-            plgpu.SMEM((plan.sums,), jnp.float32),
-            plgpu.SMEM((plan.sums,), jnp.float32),
-            plgpu.SMEM((2,), jnp.int32),
-        ],
+        scratch_types=shared,
         kernel_name="lookup_matmul",
     )
-    return kernel(x, words, codebooks, *(() if scale is None else (scale.reshape(-1),)))
+    return kernel(*gpu_fused.arrays(x, weights, prologue, residual))

@@ -6,15 +6,14 @@ of four codes, a word of `layout.banked_words`, with their groups of inputs. All
 
 What such a product takes is latency. So all that a block reads of global memory it asks for at once, there are no more
 blocks than multiprocessors, and products of one input with several weights are one launch, whose blocks know from their
-index which weight they have. A norm of the input is a scale of its columns, and one of the result that is known in time;
-a gate is a scale of all inputs. A residual is asked for in the beginning and added in the end.
+index which weight they have; for norms and gates see `gpu_fused`. A residual is asked for in the beginning and added in
+the end.
 
 A warp has 8 outputs and the 4 words of a line of each; lines are dealt out to the warps of these outputs, whose sums are
 added up in a fixed order.
 """
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,8 +23,9 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.kernels import gpu_threads as t
-from jaxquant.kernels.codebook_matmul.gpu_gather_plan import OUTPUTS, PIECE, WARP, WARPGROUP, Plan, Weight
-from jaxquant.kernels.codebook_matmul.layout import LANES
+from jaxquant.kernels.codebook_matmul import gpu_fused
+from jaxquant.kernels.codebook_matmul.gpu_gather_plan import OUTPUTS, PIECE, WARP, WARPGROUP, Plan
+from jaxquant.kernels.codebook_matmul.layout import LANES, Weight
 from jaxquant.prologue import Prologue
 
 
@@ -120,7 +120,7 @@ class ThreadProgram:
     def load_four(self, name: str, array: t.Value, piece: t.Value, row: t.Int = 0) -> list[t.Value]:
         """A piece of a row of [rows, in]."""
         line = t.at(array, t.mul(row, self.plan.columns * self.plan.size(name)))
-        return t.load(t.at(line, t.mul(piece, 4 * self.plan.size(name))), self.plan.dtype(name), 4)
+        return t.load(t.at(line, t.mul(piece, 4 * self.plan.size(name))), self.plan.dtypes[name], 4)
 
     def load_scale(self, piece: t.Value) -> list[t.Value]:
         """What the four inputs of a piece are multiplied by for all tokens; nothing for ones."""
@@ -130,7 +130,7 @@ class ThreadProgram:
             factors = [t.fadd(x, t.number(plan.norm[1])) for x in weight] if plan.norm[1] else weight
         if plan.scale == "columns":
             place = t.mul(t.div(piece, plan.dimension // 4), plan.size("scale"))
-            (scale,) = t.load(t.at(self.given["scale"], place), plan.dtype("scale"))
+            (scale,) = t.load(t.at(self.given["scale"], place), plan.dtypes["scale"])
             factors = [t.fmul(x, scale) for x in factors] if factors else [scale] * 4
         return factors
 
@@ -142,17 +142,14 @@ class ThreadProgram:
             for there, values, gates, scales, inside, place in pieces:
                 if plan.norm is not None:
                     own = [t.select(t.both(there, inside), x, zero) for x in values]
-                    squares = functools.reduce(lambda total, x: t.fma(x, x, total), own, squares)
-                gates = [activated(plan.activation, gate) for gate in gates] if plan.activation else []
+                    squares = gpu_fused.sum_squares(own, squares)
+                gates = [gpu_fused.activated(plan.activation, gate) for gate in gates] if plan.activation else []
                 for factors in (gates, scales):
                     values = [t.fmul(*pair) for pair in zip(values, factors, strict=True)] if factors else values
                 with t.when(inside):
                     t.store_four([t.select(there, x, zero) for x in values], place)
             if plan.norm is not None:
-                for distance in (1, 2, 4, 8, 16):
-                    squares = t.fadd(squares, t.shuffle(squares, distance))
-                with t.when(t.less(t.rem(self.thread, WARP), 1)):
-                    t.store(squares, t.at(self.squares(token), t.mul(self.place, 4)))
+                gpu_fused.store_of_warp(squares, self.place, self.squares(token))
 
     def squares(self, token: t.Int) -> t.Value:
         """Where the sums of squares of a token begin."""
@@ -172,13 +169,13 @@ class ThreadProgram:
         _, _, row, output = self.result()
         row, output = t.least(row, self.plan.tokens - 1), t.least(output, t.sub(self.out, 1))
         places = {"scale": output} if self.plan.scale == "rows" else {}
-        if self.plan.has("residual"):
+        if "residual" in self.plan.dtypes:
             places["residual"] = t.add(t.mul(row, self.out), output)
         return {name: self.load_one(name, place) for name, place in places.items()}
 
     def load_one(self, name: str, place: t.Value) -> t.Value:
         """A value of one of the arrays that are given."""
-        return t.load(t.at(self.given[name], t.mul(place, self.plan.size(name))), self.plan.dtype(name))[0]
+        return t.load(t.at(self.given[name], t.mul(place, self.plan.size(name))), self.plan.dtypes[name])[0]
 
     def add_products(self, turn: int, word: t.Value, sums: list[t.Value]) -> list[t.Value]:
         """Adds the products of a word's entries with their groups, one sum per token."""
@@ -200,13 +197,13 @@ class ThreadProgram:
                     own = values[4 * quarter : 4 * quarter + 4]
                     for x, value in zip(t.load(t.at(inputs, place), jnp.float32, 4), own, strict=True):
                         part[token] = t.fma(x, value, part[token])
-        return [t.fadd(old, added(own)) for old, *own in zip(sums, *parts, strict=True)]
+        return [t.fadd(old, gpu_fused.added(own)) for old, *own in zip(sums, *parts, strict=True)]
 
     def load_entry(self, address: t.Value) -> list[t.Value]:
         """The d values of an entry."""
         some = min(self.plan.dimension, PIECE // self.plan.size("books"))
         places = range(0, self.plan.dimension * self.plan.size("books"), some * self.plan.size("books"))
-        return [value for place in places for value in t.load(t.at(address, place), self.plan.dtype("books"), some)]
+        return [value for place in places for value in t.load(t.at(address, place), self.plan.dtypes["books"], some)]
 
     def store_sums(self, sums: list[t.Value]) -> None:
         """Adds up the sums of the four threads of an output and puts them into shared memory, [tile, token, warp, output]."""
@@ -228,36 +225,14 @@ class ThreadProgram:
         with t.when(t.both(inside, t.less(self.thread, plan.tiles * plan.chunk * OUTPUTS))):
             first = t.add(t.mul(t.div(self.thread, OUTPUTS), plan.sums), local)
             sums = t.at(self.sums, t.mul(first, 4))
-            value = added([t.load(t.at(sums, 4 * OUTPUTS * w), jnp.float32)[0] for w in range(plan.warps)])
+            value = gpu_fused.added([t.load(t.at(sums, 4 * OUTPUTS * w), jnp.float32)[0] for w in range(plan.warps)])
             value = t.fmul(value, epilogue["scale"]) if "scale" in epilogue else value
             if plan.norm is not None:
-                warps = range(plan.threads // WARP)
-                squares = added([t.load(t.at(self.squares(token), 4 * w), jnp.float32)[0] for w in warps])
-                mean = t.fma(squares, t.number(1 / plan.columns), t.number(plan.norm[0]))
-                value = t.fmul(value, t.rsqrt(mean))
+                squares = self.squares(token), plan.threads // WARP, plan.columns
+                value = t.fmul(value, gpu_fused.norm_factor(*squares, plan.norm[0]))
             value = t.fadd(value, epilogue["residual"]) if "residual" in epilogue else value
             place = t.at(self.y, t.mul(t.add(t.mul(row, self.out), output), plan.size("y")))
-            t.store(value, place, plan.dtype("y"))
-
-
-def activated(name: str, x: t.Value) -> t.Value:
-    """An activation of float32, "silu" or "gelu_tanh".
-
-    Both are x / (1 + exp(-u)): u is x for silu, and sqrt(8 / pi) (x + 0.044715 x^3) for the other, because
-    1 + tanh(u / 2) = 2 / (1 + exp(-u)).
-    """
-    u = x
-    if name == "gelu_tanh":
-        u = t.fmul(t.fma(t.fmul(x, x), t.fmul(x, t.number(0.044715)), x), t.number(math.sqrt(8 / math.pi)))
-    return t.fmul(x, t.reciprocal(t.fadd(t.exp2(t.fmul(u, t.number(-math.log2(math.e)))), t.number(1.0))))
-
-
-def added(values: Sequence[t.Value]) -> t.Value:
-    """Sum of float32 by pairs, lest every addition waits for the one before."""
-    while len(values) > 1:
-        pairs = [values[i : i + 2] for i in range(0, len(values), 2)]
-        values = [t.fadd(*pair) if len(pair) > 1 else pair[0] for pair in pairs]
-    return values[0]
+            t.store(value, place, plan.dtypes["y"])
 
 
 def _kernel(*refs, plan: Plan, outs: Sequence[int]):
@@ -269,19 +244,10 @@ def _kernel(*refs, plan: Plan, outs: Sequence[int]):
     @plgpu.inline_mgpu(arg_types=(scalar,) * 2 + (plgpu.RefType(),) * len(refs))
     def thread(_, block, chunk, *refs):
         block, chunk = (i.registers.item() for i in (block, chunk))
-        x, *rest = map(t.pointer, refs)
-        given = {name: rest.pop(0) for name in ("prologue", "residual") if plan.has(name)}
-        rest, results, shared = rest[: -3 - len(outs)], rest[-3 - len(outs) : -3], rest[-3:]
-        parts, first, chosen = len(rest) // len(outs), 0, []
-        for i, (out, y) in enumerate(zip(outs, results, strict=True)):
-            new = [t.sub(block, first), t.add(out), y, *rest[parts * i : parts * (i + 1)]]
-            before = t.less(block, first)
-            chosen = [t.select(before, *pair) for pair in zip(chosen, new, strict=True)] if chosen else new
-            first += plan.blocks(out)
-        own, out, y, words, books, *scale = chosen
-        if scale:
-            (given["scale"],) = scale
-        ThreadProgram(plan, (own, chunk), out, (x, words, books, y, *shared), given).run()
+        addresses = list(map(t.pointer, refs))
+        blocks = [plan.blocks(out) for out in outs]
+        own, out, arrays, given = gpu_fused.place(block, outs, blocks, addresses[:-3], plan)
+        ThreadProgram(plan, (own, chunk), out, (*arrays, *addresses[-3:]), given).run()
 
     thread(*place, *refs)
 
@@ -304,13 +270,9 @@ def gather_matmul(
       residual: float [tokens, out] of the only weight, or None.
     """
     outs = [words.shape[1] for words, _, _ in weights]
-    arrays = [x, *jax.tree.leaves((prologue, residual))]
-    for (words, books, scale), out in zip(weights, outs, strict=True):
-        scale = jnp.broadcast_to(scale, (out, 1)) if scale is not None and scale.size == 1 else scale
-        arrays += [words, books] if scale is None else [words, books, scale.reshape(-1)]
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan=plan, outs=outs),
-        out_type=[jax.ShapeDtypeStruct((plan.tokens, out), plan.dtype("y")) for out in outs],
+        out_type=[jax.ShapeDtypeStruct((plan.tokens, out), plan.dtypes["y"]) for out in outs],
         grid=(sum(map(plan.blocks, outs)), -(-plan.tokens // plan.chunk)),
         grid_names=("block", "chunk"),
         num_threads=plan.threads // WARPGROUP,
@@ -318,4 +280,4 @@ def gather_matmul(
         scratch_types=[plgpu.SMEM((size,), jnp.float32) for size in plan.shared],
         kernel_name="gather_matmul",
     )
-    return kernel(*arrays)
+    return kernel(*gpu_fused.arrays(x, weights, prologue, residual))

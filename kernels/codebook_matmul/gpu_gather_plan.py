@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from jaxquant.kernels.codebook_matmul.layout import SET
-from jaxquant.prologue import Gate, Prologue, RMSNorm
+from jaxquant.kernels.codebook_matmul.gpu_plan import traits
+from jaxquant.kernels.codebook_matmul.layout import SET, Weight, alike
+from jaxquant.prologue import Prologue
 
 OUTPUTS = 8  # of a warp
 WARP, WARPGROUP = 32, 128
@@ -17,7 +17,6 @@ _BLOCKS = 132  # that run at once
 _TOKENS = 4  # that a block has, at most
 PIECE = 16  # bytes that a thread reads at once
 _SHARED = 200 * 1024  # bytes, at most
-Weight = tuple[Any, Any, Any]  # words, codebooks and scale, see `gpu_gather.gather_matmul`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +51,11 @@ class Plan:
     scale: str | None
     norm: tuple[float, float] | None
     activation: str | None
-    dtypes: tuple[tuple[str, Any], ...]
-
-    def dtype(self, name: str) -> Any:
-        """One of `dtypes`."""
-        return dict(self.dtypes)[name]
-
-    def has(self, name: str) -> bool:
-        """Whether there is such an array."""
-        return name in dict(self.dtypes)
+    dtypes: dict[str, Any]
 
     def size(self, name: str) -> int:
         """Bytes of an element."""
-        return jnp.dtype(self.dtype(name)).itemsize
+        return jnp.dtype(self.dtypes[name]).itemsize
 
     @property
     def warps(self) -> int:
@@ -120,22 +111,12 @@ def make_plan(
 
     It does if all but the outputs are alike, shared memory has room, and codebooks consist of the pieces that are copied.
     """
-    kinds = {
-        (words.shape[0], books.shape, books.dtype, None if scale is None else (scale.shape[1] > 1, scale.dtype))
-        for words, books, scale in weights
-    }
-    if len(kinds) > 1:
+    if not alike(weights):
         return None
-    ((lines, (count, columns), book_dtype, scale),) = kinds
+    words, books, _ = weights[0]
+    lines, (count, columns) = len(words), books.shape
     tiles = min(_TILES, -(-sum(-(-words.shape[1] // OUTPUTS) for words, _, _ in weights) // _BLOCKS))
     turns = -(-lines // (_WARPS // tiles))
-    dtypes = {"x": x.dtype, "books": book_dtype, "y": jnp.dtype(dtype)}
-    if scale is not None:
-        dtypes["scale"] = scale[1]
-    if prologue is not None:
-        dtypes["prologue"] = jax.tree.leaves(prologue)[0].dtype
-    if residual is not None:
-        dtypes["residual"] = residual.dtype
     plan = Plan(
         tokens=len(x),
         chunk=min(len(x), _TOKENS),
@@ -146,9 +127,6 @@ def make_plan(
         lines=lines,
         turns=turns,
         tiles=tiles,
-        scale=None if scale is None else "columns" if scale[0] else "rows",
-        norm=(prologue.eps, prologue.offset) if isinstance(prologue, RMSNorm) else None,
-        activation=prologue.activation if isinstance(prologue, Gate) else None,
-        dtypes=tuple(dtypes.items()),
+        **traits(x, weights, prologue, residual, dtype),
     )
     return plan if plan.book_bytes % PIECE == 0 and 4 * sum(plan.shared) <= _SHARED else None

@@ -1,11 +1,14 @@
 """How a product with additive codes is divided on a GPU: what is known when the kernel is compiled."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from jaxquant.kernels.codebook_matmul.layout import LANES, SET
+from jaxquant.kernels.codebook_matmul.layout import LANES, SET, Weight
+from jaxquant.prologue import Gate, Prologue, RMSNorm
 
 WARPGROUP, WARP = 128, 32  # threads
 ROW_BYTES = 4 * SET  # of a table: the partial products of one code with all slots of a set
@@ -40,16 +43,21 @@ class BlockConfig:
     overlap: bool = True
 
 
-def block_config(total_sets: int, out: int, chunk: int) -> BlockConfig:
+def block_config(total_sets: int, outs: Sequence[int], chunk: int) -> BlockConfig:
     """The default division for `chunk` tokens in a block: as many clusters as run at once, one wave of them.
+
+    A cluster has outputs of one weight, of which there may be several with the same inputs.
 
     A second wave would double the time. More sets in a block mean fewer blocks whose sums must be added up, and tables
     that serve fewer outputs; two are what one pass over a model's usual 4096 inputs takes with two codebooks.
     """
     cluster = 8
     sets = max(1, min(TABLES // chunk, 2, -(-total_sets // cluster)))
-    width = -(-out // (CLUSTERS * LANES)) * LANES
-    rest = SHARED_BYTES - sets * chunk * TABLE_BYTES - SHARED_ALIGNMENT  # for sums, twice; the last array is a barrier
+    width = -(-sum(outs) // (CLUSTERS * LANES)) * LANES
+    while len(outs) < CLUSTERS < sum(-(-out // width) for out in outs):
+        width += LANES
+    # What is left for sums, twice, beside sums of squares and a barrier.
+    rest = SHARED_BYTES - sets * chunk * TABLE_BYTES - 2 * SHARED_ALIGNMENT
     most = rest // 2 // SHARED_ALIGNMENT * SHARED_ALIGNMENT // (4 * chunk)  # outputs
     width = min(width, most // LANES * LANES)
     return BlockConfig(3 if width <= 3 * WARPGROUP else 4, cluster, sets, 1, width)
@@ -64,26 +72,34 @@ class Plan:
       tokens: rows of x.
       chunk: tokens that share a block.
       columns: in.
-      out: outputs.
+      outs: outputs of each weight.
       dimension: d.
       count: M, codebooks.
       entries: K, of a codebook.
       total_sets: sets of slots.
       scale: "rows", "columns" or None.
-      dtypes: of "x", "books", "scale" and "y".
+      norm: eps and offset, if the prologue is an RMSNorm.
+      activation: if the prologue is a Gate.
+      dtypes: of "x", "books", "y", and of "scale", "prologue" (norm's weight or gate) and "residual" if there are such.
     """
 
     config: BlockConfig
     tokens: int
     chunk: int
     columns: int
-    out: int
+    outs: tuple[int, ...]
     dimension: int
     count: int
     entries: int
     total_sets: int
     scale: str | None
+    norm: tuple[float, float] | None
+    activation: str | None
     dtypes: dict[str, Any]
+
+    def size(self, name: str) -> int:
+        """Bytes of an element."""
+        return jnp.dtype(self.dtypes[name]).itemsize
 
     @property
     def threads(self) -> int:
@@ -142,30 +158,51 @@ class Plan:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Clusters along the outputs, and chunks of tokens."""
-        return -(-self.out // self.config.width), -(-self.tokens // self.chunk)
+        """Clusters along the outputs of all weights, and chunks of tokens."""
+        return sum(map(self.clusters, self.outs)), -(-self.tokens // self.chunk)
+
+    def clusters(self, out: int) -> int:
+        """Clusters of a weight."""
+        return -(-out // self.config.width)
 
 
 def make_plan(
-    x: Any, words: Any, codebooks: Any, scale: Any, *, dimension: int, dtype: Any, config: BlockConfig | None
+    x: Any,
+    weights: Sequence[Weight],
+    prologue: Prologue | None = None,
+    residual: Any = None,
+    *,
+    dimension: int,
+    dtype: Any,
+    config: BlockConfig | None = None,
 ) -> Plan:
-    """The plan for `gpu.lookup_matmul` with these arrays, of which shapes and dtypes suffice."""
-    (tokens, columns), (lines, out, _) = x.shape, words.shape
+    """The plan for `gpu.lookup_matmul` with these arrays, of which shapes and dtypes suffice; weights are `layout.alike`."""
+    (tokens, columns), (words, books, scale) = x.shape, weights[0]
+    outs = tuple(words.shape[1] for words, _, _ in weights)
     chunk = -(-tokens // -(-tokens // _TOKENS))
-    by = None if scale is None else "rows" if scale.shape[1] == 1 else "columns"
-    dtypes = {"x": x.dtype, "books": codebooks.dtype, "y": jnp.dtype(dtype)}
-    if scale is not None:
-        dtypes["scale"] = scale.dtype
     return Plan(
-        config=config or block_config(lines // 4, out, chunk),
+        config=config or block_config(len(words) // 4, outs, chunk),
         tokens=tokens,
         chunk=chunk,
         columns=columns,
-        out=out,
+        outs=outs,
         dimension=dimension,
-        count=len(codebooks),
-        entries=codebooks.shape[1] // dimension,
-        total_sets=lines // 4,
-        scale=by,
-        dtypes=dtypes,
+        count=len(books),
+        entries=books.shape[1] // dimension,
+        total_sets=len(words) // 4,
+        **traits(x, weights, prologue, residual, dtype),
     )
+
+
+def traits(x: Any, weights: Sequence[Weight], prologue: Prologue | None, residual: Any, dtype: Any) -> dict[str, Any]:
+    """Fields of a plan: scale, norm, activation and dtypes."""
+    _, books, scale = weights[0]
+    arrays = {"x": x, "books": books, "scale": scale, "residual": residual}
+    arrays["prologue"] = None if prologue is None else jax.tree.leaves(prologue)[0]
+    dtypes = {name: array.dtype for name, array in arrays.items() if array is not None}
+    return {
+        "scale": None if scale is None else "columns" if scale.shape[1] > 1 else "rows",
+        "norm": (prologue.eps, prologue.offset) if isinstance(prologue, RMSNorm) else None,
+        "activation": prologue.activation if isinstance(prologue, Gate) else None,
+        "dtypes": dtypes | {"y": jnp.dtype(dtype)},
+    }

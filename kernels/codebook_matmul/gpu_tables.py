@@ -4,11 +4,13 @@ A product of 16 groups of inputs with 8 entries of a codebook is one instruction
 the groups are its rows, the entries its columns, and the order of a group's d inputs, which both share, is free.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from jaxquant.kernels import gpu_threads as t
+from jaxquant.kernels.codebook_matmul import gpu_fused
 from jaxquant.kernels.codebook_matmul.gpu_plan import ROW_BYTES, TABLE_BYTES, WARP, Plan
 
 Operands = list[t.Value]  # of one row or column: 2 * (d / 8) values, or 2 for d = 4
@@ -23,12 +25,14 @@ class TableBuilder:
       chunk: index of the chunk of tokens.
       x: address of x [tokens, in].
       books: address of the codebooks [M, K * d].
-      scale: address of the scale of columns [in / d], or None.
+      given: addresses of "scale" and "prologue", if there are such.
     """
 
-    def __init__(self, plan: Plan, first_set: Any, chunk: t.Value, x: t.Value, books: t.Value, scale: Any):
+    def __init__(
+        self, plan: Plan, first_set: Any, chunk: t.Value, x: t.Value, books: t.Value, given: Mapping[str, t.Value]
+    ):
         self.plan, self.first_set, self.chunk = plan, first_set, chunk
-        self.x, self.scale = x, scale
+        self.x, self.given = x, given
         self.warp, lane = t.warp_index(), t.rem(t.thread_index(), WARP)
         self.row, self.column = t.div(lane, 4), t.rem(lane, 4)
         self.entries = self._load_entries(books)  # the same in all passes
@@ -58,26 +62,36 @@ class TableBuilder:
         plan = self.plan
         tables = []
         for token in range(plan.chunk):
-            line = t.least(t.add(t.mul(self.chunk, plan.chunk), token), plan.tokens - 1)
-            line = t.at(self.x, t.mul(line, plan.columns * jnp.dtype(plan.dtypes["x"]).itemsize))
+            row = t.least(t.add(t.mul(self.chunk, plan.chunk), token), plan.tokens - 1)
             for s in range(plan.config.sets):
                 group = t.add(t.mul(t.add(self.first_set(index), s), plan.groups), self.row)
-                tables.append([self._load_group(line, t.add(group, i)) for i in range(0, plan.groups, 8)])
+                tables.append([self._load_group(row, t.add(group, i)) for i in range(0, plan.groups, 8)])
         return tables
 
-    def _load_group(self, line: t.Value, group: t.Value) -> Operands:
+    def _load_group(self, row: t.Value, group: t.Value) -> Operands:
         """A group of one token's inputs; zeros beyond the last one."""
         plan = self.plan
         inside = None
         if plan.total_groups != plan.room * plan.groups:
             inside, group = t.less(group, plan.total_groups), t.least(group, plan.total_groups - 1)
-        size = plan.dimension * jnp.dtype(plan.dtypes["x"]).itemsize
-        values = self._load(t.at(line, t.mul(group, size)), plan.dtypes["x"])
-        if self.scale is not None:
-            dtype = plan.dtypes["scale"]
-            (factor,) = t.load(t.at(self.scale, t.mul(group, jnp.dtype(dtype).itemsize)), dtype)
+        values = self._load_row("x", self.x, row, group)
+        if plan.activation is not None:
+            gates = self._load_row("prologue", self.given["prologue"], row, group)
+            values = [t.fmul(v, gpu_fused.activated(plan.activation, gate)) for v, gate in zip(values, gates, strict=True)]
+        if plan.norm is not None:
+            weight = self._load_row("prologue", self.given["prologue"], 0, group)
+            weight = [t.fadd(w, t.number(plan.norm[1])) for w in weight] if plan.norm[1] else weight
+            values = [t.fmul(v, w) for v, w in zip(values, weight, strict=True)]
+        if plan.scale == "columns":
+            (factor,) = t.load(t.at(self.given["scale"], t.mul(group, plan.size("scale"))), plan.dtypes["scale"])
             values = [t.fmul(v, factor) for v in values]
         return values if inside is None else [t.select(inside, v, t.number(0.0)) for v in values]
+
+    def _load_row(self, name: str, array: t.Value, row: t.Int, group: t.Value) -> Operands:
+        """A group of a row of [rows, in]."""
+        plan, size = self.plan, self.plan.size(name)
+        line = t.at(array, t.mul(row, plan.columns * size))
+        return self._load(t.at(line, t.mul(group, plan.dimension * size)), plan.dtypes[name])
 
     def build(self, inputs: list[list[Operands]], tables: t.Value) -> None:
         """Writes the tables of a pass, float32 [token, set, code, slot]."""
@@ -124,7 +138,7 @@ class TableBuilder:
     def _product(self, low: Operands, high: Operands, book: Operands) -> list[t.Value]:
         """Products of 16 groups with 8 entries; operands that 10 bits of mantissa do not hold are split in two."""
         plan = self.plan
-        exact_x = self.scale is None and plan.dtypes["x"] != jnp.float32
+        exact_x = plan.scale != "columns" and "prologue" not in plan.dtypes and plan.dtypes["x"] != jnp.float32
         exact_books = plan.dtypes["books"] != jnp.float32
         sums = [t.number(0.0)] * 4
         for k in range(0, len(book), 2):

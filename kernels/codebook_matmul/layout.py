@@ -10,12 +10,17 @@ before group. The 32 outputs o of a warp are looked up together and, lest their 
 of shared memory, in different orders: step i of each half of a set is slot i ^ (o % 32).
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 SET, LANES = 64, 32  # slots in a set, banks and threads of a warp
+# Banked words uint32 [4 * sets, out, 4], codebooks float [M, K * d] and scale float [out or 1, 1] or [1, in / d] or None.
+Weight = tuple[Any, Any, Any]
 
 
 def to_slots(codes: jax.Array) -> jax.Array:
@@ -45,6 +50,15 @@ def from_banked_words(words: jax.Array, count: int, groups: int) -> jax.Array:
     slots = _turned(jnp.transpose(lines, (0, 2, 1, 3)).reshape(-1, out, 2, LANES))
     codes = jnp.transpose(slots.reshape(-1, out, count, SET // count), (2, 1, 0, 3))
     return codes.reshape(count, out, -1)[..., :groups]
+
+
+def alike(weights: Sequence[Weight]) -> bool:
+    """Whether weights of the same inputs differ in their outputs only, of shapes and dtypes."""
+    kinds = {
+        (words.shape[0], books.shape, books.dtype, None if scale is None else (scale.shape[1] > 1, scale.dtype))
+        for words, books, scale in weights
+    }
+    return len(kinds) == 1
 
 
 def _turned(slots: jax.Array) -> jax.Array:
