@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxquant import ConcatTensor, UniformTensor, matmul
+from jaxquant.book_tensor import book_tensor
 from jaxquant.kernels.uniform_matmul import api, tiles
 from jaxquant.ops import choose, supports
 from jaxquant.serving import for_serving, from_serving
@@ -34,13 +35,18 @@ def levels(out, n, bits, **options):
     return codebook_tensor(out, n, 1, 2**bits, (out, 1), (1, 1), **options)[0]
 
 
+def tables(out, n, bits, d, blocks):
+    """A random CodebookTensor with a table per block."""
+    return codebook_tensor(out, n, 1, 2**bits, blocks, (1, d))[0]
+
+
 @pytest.fixture
 def in_numpy(monkeypatch):
     """Runs the program of the threads in numpy."""
 
     def call(plan, arrays):
         threads = Threads(32 * plan.warps)
-        for module in ("gpu_thread", "gpu_grid", "gpu_table"):
+        for module in ("gpu_thread", "gpu_grid", "gpu_table", "gpu_entries"):
             for name in "tw":
                 monkeypatch.setattr(f"jaxquant.kernels.uniform_matmul.{module}.{name}", threads)
         memory = {name: np.array(array).reshape(-1).view(np.uint8) for name, array in arrays.items()}
@@ -59,8 +65,13 @@ def product(x, weight, config=None):
     """What `ops` does with a weight of one format."""
     table = not hasattr(weight, "bits")
     codes = weight.codes.unpack()[0] if table else weight.codes.unpack()
-    words = to_tiles(codes, weight.codes.bits, table=table)
+    words = to_tiles(codes, weight.codes.bits, table=table) if weight.codes.bits in (2, 3, 4, 8) else None
     options = {"bits": weight.codes.bits, "dtype": x.dtype, "config": config}
+    if table and weight.blocks != (weight.shape[0], 1):
+        tensor = book_tensor(weight)
+        sizes = {"dimension": tensor.dimension, "block": tensor.block, "out": tensor.rows}
+        options |= sizes | {"bits": tensor.bits}
+        return gpu.book_matmul(x, tensor.words, tensor.tables, tensor.factor, **options)
     if table:
         return gpu.level_matmul(x, words, weight.codebooks, weight.scale, **options)
     zero = None if weight.zero is None else weight.zero.words
@@ -84,6 +95,14 @@ CASES = {
     "8 levels, turns": (levels(36, 2600, 3, scaled=False), 4, SMALL),
     "4 levels": (levels(12, 100, 2), 2, None),
     "16 levels, many tiles": (levels(2200, 64, 4), 1, gpu.BlockConfig(2, 1)),
+    "tables of 16 pairs": (tables(64, 1024, 4, 2, (4, 4)), 1, None),
+    "tables of 16 pairs, turns": (tables(40, 2600, 4, 2, (4, 13)), 3, SMALL),
+    "tables of 64 pairs": (tables(60, 288, 6, 2, (6, 2)), 1, None),
+    "tables of 256 pairs": (tables(48, 320, 8, 2, (1, 4)), 1, None),
+    "tables of 256 quadruples": (tables(40, 480, 8, 4, (1, 5)), 1, None),
+    "tables of 4 levels": (tables(36, 520, 2, 1, (12, 1)), 2, None),
+    "tables of 8 levels": (tables(36, 480, 3, 1, (2, 2)), 1, None),
+    "tables of 16 levels, many tiles": (tables(2200, 64, 4, 1, (550, 1)), 1, gpu.BlockConfig(2, 1)),
 }
 
 

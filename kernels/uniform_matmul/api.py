@@ -16,6 +16,7 @@ _NO_CPU_KERNEL = "there is a CPU kernel for additive codes only"
 BOOKS = ((2, 1, 1), (3, 1, 1), (4, 1, 1), (4, 1, 2), (6, 1, 2), (8, 1, 2), (8, 1, 4))
 BOOK_VALUES = 2**14  # of tables that shared memory has room for, per step of
 _TILE = 256, 128  # outputs and columns, at most and at least
+_FEW_BYTES = 2**15  # of tables of 16 rows, up to which the kernel for few tokens copies them for every 16 rows
 TPU_INPUTS = 3_500_000  # tokens * in that fit in a TPU's fast memory
 
 
@@ -154,11 +155,15 @@ def book_tile_matmul(
     out: int,
     dtype: Any,
 ) -> jax.Array:
-    """Returns x @ W.T by the GPU kernel, [tokens, out] of `dtype`; see `gpu_books.book_matmul`."""
-    from jaxquant.kernels.uniform_matmul import gpu_books
+    """Returns x @ W.T by the GPU kernels, [tokens, out] of `dtype`; see `gpu_books.book_matmul`."""
+    from jaxquant.kernels.uniform_matmul import gpu, gpu_books
 
-    sizes: dict[str, Any] = {"bits": bits, "dimension": dimension, "block": block, "out": out}
-    return gpu_books.book_matmul(x, words, tables, factor, dtype=dtype, **sizes)
+    sizes: dict[str, Any] = {"bits": bits, "dimension": dimension, "block": block}
+    book = gpu.book_of(tables, **sizes)
+    few = len(x) <= GPU_TOKENS and gpu.in_one_call(x, words, bits=bits, table=True, book=book)
+    few = few and book.lines * book.line_bytes <= _FEW_BYTES
+    product = (gpu if few else gpu_books).book_matmul
+    return product(x, words, tables, factor, dtype=dtype, out=out, **sizes)
 
 
 def _few(x: jax.Array, words: jax.Array, bits: int, *, table: bool) -> bool:

@@ -1,7 +1,7 @@
 """Scalar codes on a GPU for few tokens, by Pallas Mosaic GPU: codes go from global memory to the matrix unit in registers.
 
 The codes lie as the matrix unit's operands do (see `tiles`): a thread loads 16 bytes and makes them operands, bytes of codes
-on uniform grids (`gpu_grid`) or pairs of float16 levels of a table (`gpu_table`). The matrix unit multiplies 16 outputs of
+on uniform grids (`gpu_grid`) or pairs of float16 numbers of a table per row (`gpu_table`) or block (`gpu_entries`). The matrix unit multiplies 16 outputs of
 weights with 8 columns of inputs at once, so a few tokens cost little more than one. One block of threads runs on a
 multiprocessor, has all inputs in shared memory, and goes through tiles of 16 outputs; its warps divide the columns, each
 with the codes of its next tile already on the way. The warps' sums are added up in a fixed order.
@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.kernels import gpu_threads as t
 from jaxquant.kernels.uniform_matmul import gpu_thread, tiles
-from jaxquant.kernels.uniform_matmul.gpu_plan import MOST_ROWS, BlockConfig, Plan
+from jaxquant.kernels.uniform_matmul.gpu_plan import MOST_ROWS, BlockConfig, Book, Plan
 
 SHARED_BYTES = 227 * 1024
 
@@ -73,9 +73,16 @@ def _tokens_of_a_call(plan: Callable[..., Plan]) -> int:
     return next(n for n in range(limit, 0, -1) if n == 1 or plan(tokens=n).shared_bytes() <= SHARED_BYTES)
 
 
-def in_one_call(x: jax.Array, words: jax.Array, *, bits: int, table: bool) -> bool:
+def in_one_call(x: jax.Array, words: jax.Array, *, bits: int, table: bool, book: Book | None = None) -> bool:
     """Whether the codes are read once for all tokens."""
-    return len(x) <= _tokens_of_a_call(_plans(x, words, None, bits=bits, table=table, out=1, groups=1, dtypes={}))
+    plan = _plans(x, words, None, bits=bits, table=table, book=book, out=1, groups=1, dtypes={})
+    return len(x) <= _tokens_of_a_call(plan) and plan(tokens=len(x)).shared_bytes() <= SHARED_BYTES
+
+
+def book_of(tables: jax.Array, *, bits: int, dimension: int, block: tuple[int, int]) -> Book:
+    """Sizes of tables [C, units, unit], see `tiles.to_units`."""
+    lines, units, unit = tables.shape
+    return Book(dimension, 2 ** (bits * dimension) * dimension, block, lines, units * unit)
 
 
 def _product(arrays: dict[str, jax.Array | None], dtype: Any, config: BlockConfig | None, **sizes: Any) -> jax.Array:
@@ -161,3 +168,25 @@ def level_matmul(
         scale = factor[None] if scale is None else factor[None] * scale.astype(jnp.float32)
     arrays = {"x": x, "words": words, "scale": scale, "levels": levels}
     return _product(arrays, dtype, config, bits=bits, out=out, groups=1, table=True)
+
+
+def book_matmul(
+    x: jax.Array,
+    words: jax.Array,
+    tables: jax.Array,
+    factor: jax.Array | None,
+    *,
+    bits: int,
+    dimension: int,
+    block: tuple[int, int],
+    out: int,
+    dtype: Any = jnp.float32,
+    config: BlockConfig | None = None,
+) -> jax.Array:
+    """Returns x @ W.T for tables of entries per block; see `gpu_books.book_matmul` for the arguments.
+
+    `config` is the division of the work. Inputs are those of `uniform_matmul`.
+    """
+    book = book_of(tables, bits=bits, dimension=dimension, block=block)
+    arrays = {"x": x, "words": words, "scale": None if factor is None else factor[None], "levels": tables}
+    return _product(arrays, dtype, config, bits=bits, out=out, groups=1, table=True, book=book)

@@ -30,6 +30,35 @@ class BlockConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Book:
+    """Sizes of tables of entries per block of the weight.
+
+    Attributes:
+      dimension: d, columns of an entry.
+      values: of a table.
+      block: rows and columns that share a table; columns are a multiple of 8.
+      lines: blocks along the columns.
+      line: values of all tables of a line.
+    """
+
+    dimension: int
+    values: int
+    block: tuple[int, int]
+    lines: int
+    line: int
+
+    @property
+    def count(self) -> int:
+        """Tables of a line that a tile's rows have a part in."""
+        return tiles.cover(tiles.ROWS, self.block[0], math.gcd(tiles.ROWS, self.block[0]))
+
+    @property
+    def line_bytes(self) -> int:
+        """Bytes of a tile's tables for a block of columns."""
+        return 2 * self.count * self.values
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Sizes of one product.
 
@@ -42,8 +71,9 @@ class Plan:
       out: outputs.
       blocks: of the words, along the columns.
       groups: of columns that share a scale; one for whole rows.
-      table: codes name levels of rows.
+      table: codes name levels of rows, or entries of tables.
       dtypes: of x and y; of scale and zero where they are given.
+      book: of tables per block.
     """
 
     config: BlockConfig
@@ -56,6 +86,7 @@ class Plan:
     groups: int
     table: bool
     dtypes: dict[str, Any]
+    book: Book | None = None
 
     @property
     def warps(self) -> int:
@@ -140,8 +171,13 @@ class Plan:
             "sums": (2 * self.warps * 32 * self.values, jnp.float32),
         }
         if self.table:
-            memory["tables"] = (2 * 4**self.bits * PAIR_BYTES // 4, jnp.uint32)
+            memory["tables"] = (2 * self.table_bytes // 4, jnp.uint32)
         return memory
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of a tile's tables."""
+        return 4**self.bits * PAIR_BYTES if self.book is None else self.book.lines * self.book.line_bytes
 
     def shared_bytes(self) -> int:
         """Bytes of shared memory, with what aligning its parts may cost."""

@@ -1,6 +1,6 @@
-"""Products with tables of levels in a thread of the GPU kernel: pairs of float16 levels, looked up in shared memory.
+"""Products with tables in a thread of the GPU kernel: pairs of float16 numbers, looked up in shared memory.
 
-A tile has a table of all pairs of levels of its rows. An entry has a number for each lane and each of its rows, so no two
+With levels per row, a tile has a table of all pairs of levels of its rows. An entry has a number for each lane and each of its rows, so no two
 lanes of a warp read the same bank. Its address is the pair of codes, a byte or less, then 8 bits for row and lane. Inputs
 are float16 numbers times a power of two per token; what that leaves of float32 makes a second row.
 """
@@ -15,8 +15,8 @@ from jaxquant.kernels.uniform_matmul.gpu_plan import PAIR_BYTES, Plan
 TOP = 14  # exponent of a token's largest input
 
 
-class Table:
-    """Tables of levels.
+class Lookup:
+    """What tables of any kind have in common.
 
     Args:
       plan: sizes.
@@ -26,15 +26,74 @@ class Table:
     """
 
     def __init__(self, plan: Plan, refs: dict[str, Any], lane: Any, warp: Any):
-        self.plan, self.refs, self.lane = plan, refs, lane
+        self.plan, self.refs, self.lane, self.warp = plan, refs, lane, warp
         self.row, self.column = w.shift_right(lane, 2), t.bits_and(lane, 3)  # g and t of `tiles`
+
+    def load(self, tile: Any) -> list[Any]:
+        """What a thread makes the tables of a tile from."""
+        raise NotImplementedError
+
+    def write(self, loaded: list[Any], parity: Any, part: int = 0, parts: int = 1) -> None:
+        """Writes one of equal parts of the tables, to the place of a parity."""
+        raise NotImplementedError
+
+    def pairs(self, words: tuple[list[Any], list[Any]], first: int, chunk: Any, tile: Any, parity: Any) -> list[Any]:
+        """Pairs number first and first + 1 of both rows' words, rows of one number side by side."""
+        raise NotImplementedError
+
+    def zeros(self) -> list[Any]:
+        """Sums of nothing: two of each, lest every product waits for the one before."""
+        return [t.number(0.0)] * 8
+
+    def product(self, block: dict[str, Any], chunk: Any, tile: Any, parity: Any, sums: list[Any]) -> list[Any]:
+        """Adds the product of a warp's chunk and its inputs to the sums of 16 outputs and 8 rows of inputs."""
+        plan = self.plan
+        row = t.mul(t.least(self.row, plan.rows - 1), plan.stride)
+        inputs = t.at(self.refs["inputs"], t.add(t.mul(chunk, 2 * plan.width), t.mul(self.column, 16), row))
+        half = len(block["words"]) // 2
+        words = block["words"][:half], block["words"][half:]
+        for i in range(plan.width // 32):
+            x = self.load_inputs(t.at(inputs, 64 * i))
+            for first in (4 * i, 4 * i + 2):
+                a = self.pairs(words, first, chunk, tile, parity)
+                sums = sums[4:] + w.mma(a, x[first % 4 : first % 4 + 2], sums[:4])
+        return sums
+
+    def load_inputs(self, address: Any) -> list[Any]:
+        """Eight inputs of a row; lanes without a row have zeros, and cost no time."""
+        if self.plan.rows == 8:
+            return w.load_words(address, 4)
+        return w.load_words_if(t.less(self.row, self.plan.rows), address)
+
+    def collect(self, sums: list[Any]) -> list[Any]:
+        """The values of this thread that are added up over all warps."""
+        sums = [t.fadd(*pair) for pair in zip(sums[:4], sums[4:], strict=True)]
+        return sums if self.plan.parts == 1 else [t.fadd(sums[0], sums[1]), t.fadd(sums[2], sums[3])]
+
+    def owner(self, lane: Any, number: Any) -> tuple[Any, Any]:
+        """Row in the tile and token of a value by its lane and number."""
+        tokens = 2 // self.plan.parts
+        row = t.add(w.shift_right(lane, 2), t.mul(t.div(number, tokens), 8))
+        return row, t.add(t.mul(t.bits_and(lane, 3), tokens), t.rem(number, tokens))
+
+    def write_inputs(self, token: int, start: Any, values: list[Any]) -> None:
+        """Writes consecutive inputs, multiplied by the power of two, as float16."""
+        plan = self.plan
+        for part in range(plan.parts):
+            halves = [w.float16(value) for value in values]
+            values = [w.minus(value, w.float32(half)) for value, half in zip(values, halves, strict=True)]
+            row = (token * plan.parts + part) * plan.stride
+            w.store_together(halves, t.at(self.refs["inputs"], t.mul(start, 2), row))
+
+
+class Table(Lookup):
+    """A table of levels per row."""
+
+    def __init__(self, plan: Plan, refs: dict[str, Any], lane: Any, warp: Any):
+        super().__init__(plan, refs, lane, warp)
         self.count = 2**plan.bits
         # The codes for whose pairs a warp writes the table; of few codes several warps write the same.
         self.second_codes = [t.bits_and(t.add(warp, i), self.count - 1) for i in range(0, self.count, plan.warps)]
-
-    def zeros(self) -> list[Any]:
-        """Sums of nothing."""
-        return [t.number(0.0)] * 4
 
     def load(self, tile: Any) -> list[Any]:
         """For both rows, all levels, two in a word, and those that this warp makes the second ones of pairs."""
@@ -48,18 +107,23 @@ class Table:
             rows.append((first, second))
         return rows
 
-    def write(self, levels: list[Any], parity: Any) -> None:
-        """Writes a table, [second code][first code][row of a lane][lane]."""
+    def write(self, loaded: list[Any], parity: Any, part: int = 0, parts: int = 1) -> None:
+        """Writes a part of a table, [second code][first code][row of a lane][lane]."""
         address = t.at(self.refs["tables"], t.add(self._start(parity), t.mul(self.lane, 4)))
-        for half, (first, second) in enumerate(levels):
+        for half, (first, second) in enumerate(loaded):
             for code, high in zip(self.second_codes, second, strict=True):
                 line = t.at(address, t.mul(code, self.count * PAIR_BYTES))
-                for i in range(self.count):
+                for i in range(self.count * part // parts, self.count * (part + 1) // parts):
                     both = t.permute(first[i // 2], high, 0x5432 if i % 2 else 0x5410)
                     w.store_together([both], t.at(line, i * PAIR_BYTES + PAIR_BYTES // 2 * half))
 
     def _start(self, parity: Any) -> Any:
         return t.mul(parity, self.count**2 * PAIR_BYTES)
+
+    def pairs(self, words: tuple[list[Any], list[Any]], first: int, chunk: Any, tile: Any, parity: Any) -> list[Any]:
+        """Pairs of levels."""
+        del chunk, tile
+        return [self.pair(words[half], half, number, parity) for number in (first, first + 1) for half in range(2)]
 
     def pair(self, words: list[Any], half: int, number: int, parity: Any) -> Any:
         """A pair of levels of one of the rows, from the row's words."""
@@ -77,42 +141,3 @@ class Table:
             word = w.shift_right(word, bit - 8) if bit >= 8 else w.shift_left(word, 8 - bit)
             place = w.cut(word, 4**bits - 1 << 8, place)
         return w.load_words(t.at(self.refs["tables"], place))[0]
-
-    def product(self, block: dict[str, Any], chunk: Any, parity: Any, sums: list[Any]) -> list[Any]:
-        """Adds the product of a warp's chunk and its inputs to the sums of 16 outputs and 8 rows of inputs."""
-        plan = self.plan
-        row = t.mul(t.least(self.row, plan.rows - 1), plan.stride)
-        inputs = t.at(self.refs["inputs"], t.add(t.mul(chunk, 2 * plan.width), t.mul(self.column, 16), row))
-        half = len(block["words"]) // 2
-        words = block["words"][:half], block["words"][half:]
-        for i in range(plan.width // 32):
-            x = self.load_inputs(t.at(inputs, 64 * i))
-            for first in (4 * i, 4 * i + 2):
-                a = [self.pair(words[half], half, number, parity) for number in (first, first + 1) for half in range(2)]
-                sums = w.mma(a, x[first % 4 : first % 4 + 2], sums)
-        return sums
-
-    def load_inputs(self, address: Any) -> list[Any]:
-        """Eight inputs of a row; lanes without a row have zeros, and cost no time."""
-        if self.plan.rows == 8:
-            return w.load_words(address, 4)
-        return w.load_words_if(t.less(self.row, self.plan.rows), address)
-
-    def collect(self, sums: list[Any]) -> list[Any]:
-        """The values of this thread that are added up over all warps."""
-        return sums if self.plan.parts == 1 else [t.fadd(sums[0], sums[1]), t.fadd(sums[2], sums[3])]
-
-    def owner(self, lane: Any, number: Any) -> tuple[Any, Any]:
-        """Row in the tile and token of a value by its lane and number."""
-        tokens = 2 // self.plan.parts
-        row = t.add(w.shift_right(lane, 2), t.mul(t.div(number, tokens), 8))
-        return row, t.add(t.mul(t.bits_and(lane, 3), tokens), t.rem(number, tokens))
-
-    def write_inputs(self, token: int, start: Any, values: list[Any]) -> None:
-        """Writes consecutive inputs, multiplied by the power of two, as float16."""
-        plan = self.plan
-        for part in range(plan.parts):
-            halves = [w.float16(value) for value in values]
-            values = [w.minus(value, w.float32(half)) for value, half in zip(values, halves, strict=True)]
-            row = (token * plan.parts + part) * plan.stride
-            w.store_together(halves, t.at(self.refs["inputs"], t.mul(start, 2), row))

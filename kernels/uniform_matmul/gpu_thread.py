@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxquant.kernels import gpu_threads as t
 from jaxquant.kernels import gpu_words as w
-from jaxquant.kernels.uniform_matmul import gpu_grid, gpu_table, tiles
+from jaxquant.kernels.uniform_matmul import gpu_entries, gpu_grid, gpu_table, tiles
 from jaxquant.kernels.uniform_matmul.gpu_plan import WARPGROUP, Plan
 
 
@@ -27,7 +27,8 @@ class Thread:
         self.thread, self.warp = t.thread_index(), t.warp_index()
         self.warpgroup = w.shift_right(self.warp, 2)
         lane = t.bits_and(self.thread, 31)
-        self.table: Any = gpu_table.Table(plan, refs, lane, self.warp) if plan.table else None
+        kind = gpu_table.Table if plan.book is None else gpu_entries.Entries
+        self.table: Any = kind(plan, refs, lane, self.warp) if plan.table else None
         self.grid: Any = None if plan.table else gpu_grid.Grid(plan, refs, lane)
         self.weights = self.table or self.grid
 
@@ -50,8 +51,8 @@ class Thread:
             for step, block in enumerate(blocks):
                 sums = self.product(block, index, step, sums)
                 new[1].append(self.load(following, step))
-            if self.table:
-                self.table.write(levels, self.parity(following))
+                if self.table:
+                    self.table.write(levels, self.parity(following), step, plan.steps)
             zeros = self.weights.zeros()
             if plan.turns == 1:
                 self.finish(index, rows, sums)
@@ -66,9 +67,10 @@ class Thread:
 
     def product(self, block: dict[str, Any], index: Any, step: int, sums: Any) -> Any:
         """Adds the product of this warp's chunk of a block and its inputs."""
-        _, chunk = self.chunk(self.place(index)[1], step)
+        tile, turn = self.place(index)
+        _, chunk = self.chunk(turn, step)
         if self.table:
-            return self.table.product(block, chunk, self.parity(index), sums)
+            return self.table.product(block, chunk, tile, self.parity(index), sums)
         return self.grid.product(block, chunk, sums)
 
     def place(self, index: Any) -> tuple[Any, Any]:
