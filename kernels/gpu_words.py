@@ -85,6 +85,16 @@ def prefetch(address: ir.Value) -> None:
     _inline_ptx("prefetch.global.L2 [$0];", address, has_side_effects=True)
 
 
+def shared_number(address: ir.Value) -> ir.Value:
+    """The number of an address in shared memory, whose arrays begin at multiples of 1024."""
+    return llvm.ptrtoint(word(), address)
+
+
+def shared_address(number: ir.Value) -> ir.Value:
+    """The address in shared memory with a number."""
+    return llvm.inttoptr(ir.Type.parse("!llvm.ptr<3>"), number)
+
+
 def load_raw(address: ir.Value, dtype: Any) -> ir.Value:
     """An element as it is."""
     return llvm.load(utils.dtype_to_ir_type(dtype), address)

@@ -178,14 +178,17 @@ def inputs(tokens, columns, dtype):
     return jnp.asarray(np.random.default_rng(1).standard_normal((tokens, columns)), dtype)
 
 
-@pytest.mark.parametrize(("count", "blocks", "groups"), [(2, 1, 40), (2, 2, 9), (1, 1, 16), (1, 2, 80), (4, 2, 8)])
+@pytest.mark.parametrize(
+    ("count", "blocks", "groups", "d"),
+    [(2, 1, 40, 8), (2, 2, 9, 8), (1, 1, 16, 8), (1, 2, 80, 8), (4, 2, 8, 8), (1, 1, 70, 16), (2, 1, 35, 16)],
+)
 @pytest.mark.parametrize("scaled", [None, "rows", "columns"])
-def test_additive_codes(monkeypatch, count, blocks, groups, scaled):
+def test_additive_codes(monkeypatch, count, blocks, groups, d, scaled):
     monkeypatch.setattr(gpu_decode, "matmul", emulate)
     rng = np.random.default_rng(0)
-    out, columns = 300, 8 * groups
+    out, columns = 300, d * groups
     codes = rng.integers(0, 256, (count, out, groups))
-    books = rng.standard_normal((count * 256, 8)).astype(np.float16)
+    books = rng.standard_normal((count * 256, d)).astype(np.float16)
     scale = {None: None, "rows": rng.uniform(1, 2, (out, 1)), "columns": rng.uniform(1, 2, (1, groups))}[scaled]
     weight = sum(books.astype(np.float64)[256 * m + codes[m]] for m in range(count))
     weight = (weight if scale is None else weight * scale[..., None]).reshape(out, columns)
@@ -193,7 +196,8 @@ def test_additive_codes(monkeypatch, count, blocks, groups, scaled):
     words = slot_layout.banked_words(jnp.asarray(codes))
     config = gpu_plan.BlockConfig(2, blocks, 8 if groups < 40 else 256)
     scale = None if scale is None else jnp.asarray(scale, jnp.float32)
-    y = additive.decode_matmul(x, words, jnp.asarray(books.reshape(count, -1)), scale, config=config)
+    books = jnp.asarray(books.reshape(count, -1))
+    y = additive.decode_matmul(x, words, books, scale, dimension=d, config=config)
     assert relative(y, np.asarray(x, np.float64) @ weight.T) < BOUND
 
 
@@ -370,6 +374,8 @@ PRODUCTS = {
     "2x8, many tokens": (tensors.additive(520, 1024), 600),
     "1x8": (tensors.additive(333, 264, 1), 64),
     "4x8": (tensors.additive(333, 264, 4), 100),
+    "2x8, vectors of 16": (tensors.additive(333, 1040, 2, d=16), 20),
+    "1x8, vectors of 16": (tensors.additive(200, 1040, 1, d=16), 300),
     "uniform 4-bit": (tensors.uniform_tensor(520, 1024), 16),
     "uniform 4-bit, many tokens": (tensors.uniform_tensor(520, 1024), 257),
     "uniform 4-bit groups": (tensors.uniform_tensor(520, 1024, 4, 128), 100),

@@ -319,7 +319,7 @@ def test_fused_products_on_a_gpu(tokens, name, outs, by_lookup, monkeypatch):
 
 
 REFUSALS = [
-    (additive(d=4), 9, "with vectors of 8 beyond 8 tokens, got 2 with vectors of 4"),
+    (additive(d=4), 9, "with vectors of 16, beyond 8 tokens, got 2 with vectors of 4"),
     (additive(count=3), 1, "expected 1, 2, 4 or 8 codebooks with vectors of 4, 8 or 16, got 3 with vectors of 8"),
     (additive(blocks=(1, 2), d=4), 1, "expected codebooks for all of the weight, got 1 x 2 blocks"),
     (additive(size=512), 1, "expected codes of at most 8 bits, got 9"),

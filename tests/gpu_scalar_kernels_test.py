@@ -95,6 +95,7 @@ CASES = {
     "8 levels, turns": (levels(36, 2600, 3, scaled=False), 4, SMALL),
     "4 levels": (levels(12, 100, 2), 2, None),
     "16 levels, many tiles": (levels(2200, 64, 4), 1, gpu.BlockConfig(2, 1)),
+    "16 levels, warps for half of a table": (levels(20, 256, 4), 1, gpu.BlockConfig(8, 1)),
     "tables of 16 pairs": (tables(64, 1024, 4, 2, (4, 4)), 1, None),
     "tables of 16 pairs, turns": (tables(40, 2600, 4, 2, (4, 13)), 3, SMALL),
     "tables of 64 pairs": (tables(60, 288, 6, 2, (6, 2)), 1, None),

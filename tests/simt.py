@@ -20,6 +20,7 @@ class Threads:
 
     def __init__(self, count):
         self.count = count
+        self.numbered = []  # buffers whose addresses have numbers
         self.active = np.ones(count, bool)
 
     def i32(self, x):
@@ -148,6 +149,14 @@ class Threads:
 
     def most_of_warp(self, x):
         return np.repeat(x.reshape(-1, 32).max(1), 32)
+
+    def shared_number(self, address):
+        self.numbered.append(address[0])
+        return self.i32(address[1]) + self.i32(len(self.numbered) << 20)
+
+    def shared_address(self, number):
+        (buffer,) = set((number >> np.uint32(20)).tolist())
+        return self.numbered[buffer - 1], number & np.uint32(2**20 - 1)
 
     def of_neighbour(self, x):
         return x.reshape(-1, 2)[:, ::-1].reshape(-1)

@@ -54,7 +54,8 @@ def supports(
             return f"expected JAX 0.11 or newer, got {jax.__version__}"
         if tokens > GPU_TOKENS and not _decodes(count, vector[1]):
             got = f"{count} with vectors of {vector[1]}"
-            return f"expected 1, 2 or 4 codebooks with vectors of 8 beyond {GPU_TOKENS} tokens, got {got}"
+            known = "1, 2 or 4 codebooks with vectors of 8, or 1 or 2 with vectors of 16,"
+            return f"expected {known} beyond {GPU_TOKENS} tokens, got {got}"
         return fits_banks(count, vector[1], blocks)
     most = CPU_TOKENS if implementation == "cpu" else TPU_TOKENS
     if tokens > most:
@@ -77,7 +78,7 @@ def supports(
 
 def _decodes(count: int, dimension: int) -> bool:
     """Whether a GPU multiplies many tokens with `count` codebooks of vectors."""
-    return dimension == 8 and count in (1, 2, 4)
+    return (dimension == 8 and count in (1, 2, 4)) or (dimension == 16 and count in (1, 2))
 
 
 def fits_banks(count: int, dimension: int, blocks: tuple[int, int]) -> str | None:
@@ -166,5 +167,5 @@ def banked_matmuls(
     x = x if prologue is None else prologue(x)
     if len(weights) > 1:
         return [banked_matmuls(x, [weight], **settings)[0] for weight in weights]
-    y = gpu_batch.decode_matmul(x, *weights[0], dtype=dtype)
+    y = gpu_batch.decode_matmul(x, *weights[0], **settings)
     return [y if residual is None else residual + y]

@@ -13,10 +13,13 @@ from jaxquant.kernels.uniform_matmul.gpu_plan import Book, Plan
 from jaxquant.kernels.uniform_matmul.gpu_table import Lookup
 
 _OCTET = 8  # consecutive columns of a lane, of every 32
+_ALIGNED = 1024  # bytes, of which arrays in shared memory begin at multiples
 
 
 class Entries(Lookup):
     """Tables of entries per block."""
+
+    ahead = 1
 
     def __init__(self, plan: Plan, refs: dict[str, Any], lane: Any, warp: Any):
         super().__init__(plan, refs, lane, warp)
@@ -24,8 +27,10 @@ class Entries(Lookup):
         self.book: Book = plan.book
         self.piece = min(16, 2 * self.book.values)  # bytes that a thread copies at once
         self.pieces = plan.table_bytes // self.piece
-        threads, first = 32 * plan.warps, t.add(t.mul(warp, 32), lane)
-        self.own = [t.add(first, start) for start in range(0, self.pieces, threads)]
+        # Where tables begin at multiples of their size, a code lies over the table's address, which saves an addition.
+        self.numbered = _ALIGNED % (2 * self.book.values) == 0
+        self.base = w.shared_number(refs["tables"]) if self.numbered else 0
+        self.own = [t.add(self.thread, start) for start in range(0, self.pieces, 32 * plan.warps)]
 
     def load(self, tile: Any) -> list[Any]:
         """The thread's pieces of the tables; some other ones where there are none."""
@@ -39,14 +44,22 @@ class Entries(Lookup):
             loaded.append(w.load_words(address, self.piece // 4))
         return loaded
 
-    def write(self, loaded: list[Any], parity: Any, part: int = 0, parts: int = 1) -> None:
-        """Writes a part of the pieces."""
-        count = len(loaded)
-        chosen = range(count * part // parts, count * (part + 1) // parts)
-        for i in chosen:
-            place = t.add(self._start(parity), t.mul(self.own[i], self.piece))
-            with t.when(t.less(self.own[i], self.pieces)):
-                w.store_together(loaded[i], t.at(self.refs["tables"], place))
+    def begin(self, tiles_ahead: list[Any]) -> None:
+        """Writes the tables of the first tile."""
+        self._store(self.load(tiles_ahead[0]), w.i32(0))
+
+    def write_first(self) -> None:
+        """Writes nothing."""
+
+    def write(self, loaded: list[Any], ordinal: Any) -> None:
+        """Writes the tables of the tile after one."""
+        self._store(loaded, t.bits_and(t.add(ordinal, 1), 1))
+
+    def _store(self, loaded: list[Any], parity: Any) -> None:
+        for piece, words in zip(self.own, loaded, strict=True):
+            place = t.add(self._start(parity), t.mul(piece, self.piece))
+            with t.when(t.less(piece, self.pieces)):
+                w.store_together(words, t.at(self.refs["tables"], place))
 
     def _first_book(self, tile: Any) -> Any:
         """Of a line, the table of a tile's first row."""
@@ -70,9 +83,9 @@ class Entries(Lookup):
         return [row[number] for number in range(2) for row in rows]
 
     def _table(self, half: int, group: int, chunk: Any, tile: Any, parity: Any) -> Any:
-        """Bytes from the start of all tables to that of a row and of the lane's columns in a group of 32."""
+        """Place of the table of a row and of the lane's columns in a group of 32, see `_load`."""
         (rows, columns), width = self.book.block, self.plan.width
-        table = self._start(parity)
+        table = t.add(self._start(parity), self.base)
         if rows % tiles.ROWS:
             row = t.add(t.mul(tile, tiles.ROWS), self.row, 8 * half)
             book = t.sub(t.div(row, rows), self._first_book(tile))
@@ -87,7 +100,11 @@ class Entries(Lookup):
         return t.add(table, t.mul(line, self.book.line_bytes))
 
     def _load(self, place: Any, count: int) -> list[Any]:
-        return w.load_words(t.at(self.refs["tables"], place), count)
+        return w.load_words(self._address(place), count)
+
+    def _address(self, place: Any) -> Any:
+        """Of a number of an address, or of bytes from the start of all tables."""
+        return w.shared_address(place) if self.numbered else t.at(self.refs["tables"], place)
 
     def _levels(self, words: list[Any], number: int, table: Any) -> Any:
         """A pair of single values, of tables with d = 1."""
@@ -98,7 +115,7 @@ class Entries(Lookup):
         else:
             word, bit = words[number // (16 // bits)], number % (16 // bits) * 2 * bits
             low, high = (_cut(word, bit + i * bits, bits, 1, table) for i in range(2))
-        values = [w.load_short(t.at(self.refs["tables"], place)) for place in (low, high)]
+        values = [w.load_short(self._address(place)) for place in (low, high)]
         return t.permute(*values, 0x5410)
 
     def _place(self, words: list[Any], number: int, width: int, at: int, table: Any) -> Any:

@@ -35,10 +35,12 @@ class Thread:
     def run(self) -> None:
         """Everything."""
         plan, first = self.plan, w.i32(0)
-        loaded = self.load_rows(first), [self.load(first, step) for step in range(plan.steps)]
+        codes = self.load_rows(first), [self.load(first, step) for step in range(plan.steps)]
+        if self.table:
+            self.table.begin([self.tile(w.i32(ordinal)) for ordinal in range(self.table.ahead)])
         self.prepare_inputs()
         if self.table:
-            self.table.write(self.table.load(self.place(first)[0]), self.parity(first))
+            self.table.write_first()
         t.block_barrier()
         if self.grid:
             self.grid.add_inputs(lambda turn, step: self.chunk(turn, step)[1])
@@ -46,13 +48,13 @@ class Thread:
         def one_turn(index, carry):
             (rows, blocks), sums = carry
             following = t.add(index, 1)
-            levels = self.table.load(self.place(following)[0]) if self.table else None
+            loaded = self.table.load(self.tile(t.add(self.ordinal(index), self.table.ahead))) if self.table else None
             new: tuple[Any, list[Any]] = self.load_rows(following), []
             for step, block in enumerate(blocks):
                 sums = self.product(block, index, step, sums)
                 new[1].append(self.load(following, step))
-                if self.table:
-                    self.table.write(levels, self.parity(following), step, plan.steps)
+            if self.table:
+                self.table.write(loaded, self.ordinal(index))
             zeros = self.weights.zeros()
             if plan.turns == 1:
                 self.finish(index, rows, sums)
@@ -63,7 +65,7 @@ class Thread:
             return new, jax.tree.map(lambda zero, total: t.select(last, zero, total), zeros, sums)
 
         own_tiles = t.div(t.sub(plan.tiles + plan.grid - 1, self.block), plan.grid)
-        w.loop(t.mul(own_tiles, plan.turns), one_turn, (loaded, self.weights.zeros()))
+        w.loop(t.mul(own_tiles, plan.turns), one_turn, (codes, self.weights.zeros()))
 
     def product(self, block: dict[str, Any], index: Any, step: int, sums: Any) -> Any:
         """Adds the product of this warp's chunk of a block and its inputs."""
@@ -74,10 +76,13 @@ class Thread:
         return self.grid.product(block, chunk, sums)
 
     def place(self, index: Any) -> tuple[Any, Any]:
-        """Tile and turn of a step of the loop; what follows the last tile is the last tile."""
-        tile = t.add(self.block, t.mul(self.ordinal(index), self.plan.grid))
+        """Tile and turn of a step of the loop."""
         turn = w.i32(0) if self.plan.turns == 1 else t.rem(index, self.plan.turns)
-        return t.least(tile, self.plan.tiles - 1), turn
+        return self.tile(self.ordinal(index)), turn
+
+    def tile(self, ordinal: Any) -> Any:
+        """One of this block's tiles; what follows the last one is the last one."""
+        return t.least(t.add(self.block, t.mul(ordinal, self.plan.grid)), self.plan.tiles - 1)
 
     def ordinal(self, index: Any) -> Any:
         """Which of this block's tiles it is."""
