@@ -273,21 +273,6 @@ def block_barrier() -> None:
     gpu.barrier()
 
 
-def make_barrier(barrier: Value, count: int) -> None:
-    """Makes 8 bytes of shared memory a barrier that as many warps arrive at, again and again; one thread."""
-    nvvm.mbarrier_init(barrier, _i32(count))
-
-
-def arrive(barrier: Value) -> None:
-    """Says that a warp has come so far; all its threads."""
-    _ptx("{.reg .pred p; bar.warp.sync 0xffffffff; elect.sync _|p, 0xffffffff; @p mbarrier.arrive.shared.b64 _, [$0];}", [barrier])
-
-
-def wait(barrier: Value, phase: Int) -> None:
-    """Waits until all warps have arrived; of the phases from 0 on, those before and not those after have to be over."""
-    nvvm.mbarrier_try_wait_parity(barrier, bits_and(phase, 1), _i32(10_000_000))
-
-
 def cluster_barrier() -> None:
     """Waits for all threads of the cluster; orders what they did with barriers, but not other memory accesses."""
     _ptx("fence.mbarrier_init.release.cluster;")

@@ -167,16 +167,6 @@ class Threads:
     def warp_index(self):
         return self.thread_index() // np.uint32(32)
 
-    def make_barrier(self, barrier, count):
-        assert self.active.sum() == 1
-        assert count * 32 == self.count
-
-    def arrive(self, barrier):
-        self.block_barrier()
-
-    def wait(self, barrier, phase):
-        self.block_barrier()
-
     def block_barrier(self):
         assert self.active.all() or not self.active.any()
 

@@ -20,7 +20,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.kernels import gpu_threads as t
 from jaxquant.kernels.uniform_matmul import gpu_thread, tiles
-from jaxquant.kernels.uniform_matmul.gpu_plan import MOST_ROWS, SHARED_BYTES, BlockConfig, Book, Plan
+from jaxquant.kernels.uniform_matmul.gpu_plan import MOST_ROWS, BlockConfig, Book, Plan
+
+SHARED_BYTES = 227 * 1024
 
 
 def _kernel(*refs, plan: Plan, names: tuple[str, ...]):

@@ -19,6 +19,8 @@ _ALIGNED = 1024  # bytes, of which arrays in shared memory begin at multiples
 class Entries(Lookup):
     """Tables of entries per block."""
 
+    ahead = 1
+
     def __init__(self, plan: Plan, refs: dict[str, Any], lane: Any, warp: Any):
         super().__init__(plan, refs, lane, warp)
         assert plan.book is not None
@@ -42,26 +44,20 @@ class Entries(Lookup):
             loaded.append(w.load_words(address, self.piece // 4))
         return loaded
 
-    @property
-    def ahead(self) -> int:
-        """What is asked for are the tables."""
-        return 1 + self.plan.lag
-
     def begin(self, tiles_ahead: list[Any]) -> None:
-        """Writes the tables of the first tiles."""
-        for ordinal, tile in enumerate(tiles_ahead):
-            self._store(self.load(tile), w.i32(ordinal))
+        """Writes the tables of the first tile."""
+        self._store(self.load(tiles_ahead[0]), w.i32(0))
 
     def write_first(self) -> None:
         """Writes nothing."""
 
     def write(self, loaded: list[Any], ordinal: Any) -> None:
-        """Writes tables."""
-        self._store(loaded, self.slot(t.add(ordinal, self.ahead)))
+        """Writes the tables of the tile after one."""
+        self._store(loaded, t.bits_and(t.add(ordinal, 1), 1))
 
-    def _store(self, loaded: list[Any], slot: Any) -> None:
+    def _store(self, loaded: list[Any], parity: Any) -> None:
         for piece, words in zip(self.own, loaded, strict=True):
-            place = t.add(self._start(slot), t.mul(piece, self.piece))
+            place = t.add(self._start(parity), t.mul(piece, self.piece))
             with t.when(t.less(piece, self.pieces)):
                 w.store_together(words, t.at(self.refs["tables"], place))
 
@@ -69,14 +65,14 @@ class Entries(Lookup):
         """Of a line, the table of a tile's first row."""
         return t.div(t.mul(tile, tiles.ROWS), self.book.block[0])
 
-    def _start(self, slot: Any) -> Any:
-        return t.mul(slot, self.plan.table_bytes)
+    def _start(self, parity: Any) -> Any:
+        return t.mul(parity, self.plan.table_bytes)
 
-    def pairs(self, words: tuple[list[Any], list[Any]], first: int, chunk: Any, tile: Any, slot: Any) -> list[Any]:
+    def pairs(self, words: tuple[list[Any], list[Any]], first: int, chunk: Any, tile: Any, parity: Any) -> list[Any]:
         """Pairs of values of entries."""
         rows = []
         for half in range(2):
-            table = self._table(half, first // 4, chunk, tile, slot)
+            table = self._table(half, first // 4, chunk, tile, parity)
             if self.book.dimension == 4:  # both pairs are an entry
                 rows.append(self._load(self._place(words[half], first, 8, 3, table), 2))
             elif self.book.dimension == 2:
@@ -86,10 +82,10 @@ class Entries(Lookup):
                 rows.append([self._levels(words[half], n, table) for n in (first, first + 1)])
         return [row[number] for number in range(2) for row in rows]
 
-    def _table(self, half: int, group: int, chunk: Any, tile: Any, slot: Any) -> Any:
+    def _table(self, half: int, group: int, chunk: Any, tile: Any, parity: Any) -> Any:
         """Place of the table of a row and of the lane's columns in a group of 32, see `_load`."""
         (rows, columns), width = self.book.block, self.plan.width
-        table = t.add(self._start(slot), self.base)
+        table = t.add(self._start(parity), self.base)
         if rows % tiles.ROWS:
             row = t.add(t.mul(tile, tiles.ROWS), self.row, 8 * half)
             book = t.sub(t.div(row, rows), self._first_book(tile))

@@ -10,7 +10,6 @@ from jaxquant.kernels.uniform_matmul import tiles
 
 MULTIPROCESSORS = 132  # of an H200
 MOST_ROWS = 8  # of inputs, of the matrix unit
-SHARED_BYTES = 226 * 1024  # of a block; with all 227 KB a launch is refused
 PAIR_BYTES = 256  # of a pair of levels: for 32 lanes and both rows of a lane
 WARPGROUP = 128  # threads
 
@@ -155,26 +154,6 @@ class Plan:
         return 4 // self.parts if self.table else self.slots
 
     @property
-    def sharers(self) -> int:
-        """Lanes of a row of weights that have sums of a token."""
-        return -(-self.rows // 2) if self.table else 4
-
-    @property
-    def sums(self) -> int:
-        """Numbers that each warp adds to the sums of a tile."""
-        return 8 * self.sharers * self.values
-
-    @property
-    def buffers(self) -> int:
-        """Tiles whose tables are held: of three, those of the tile after next are made while warps are a tile apart."""
-        return 3 if self.shared_bytes(3) <= SHARED_BYTES else 2
-
-    @property
-    def lag(self) -> int:
-        """Tiles that a warp may be ahead of another one."""
-        return self.buffers - 2 if self.table else 1
-
-    @property
     def stride(self) -> int:
         """Bytes from one row of inputs to the next; 64 more than whole lines, so that no two rows meet in a bank."""
         return self.padded * (2 if self.table else 1) + 64
@@ -183,20 +162,18 @@ class Plan:
         """Bytes of an element."""
         return jnp.dtype(self.dtypes[name]).itemsize
 
-    def scratch(self, buffers: int | None = None) -> dict[str, tuple[int, Any]]:
-        """Shared memory: inputs, what they were divided by, the warps' largest, their sums twice, tables and levels."""
+    def scratch(self) -> dict[str, tuple[int, Any]]:
+        """Shared memory: inputs, what they were divided by, the warps' largest; the warps' sums, tables and levels, twice."""
         memory = {
             "inputs": (self.rows * self.stride, jnp.uint8),
             "factors": (MOST_ROWS, jnp.float32),
             "largest": (self.tokens * self.warps, jnp.uint32),
-            "sums": (2 * self.warps * self.sums, jnp.float32),
-            "barrier": (2, jnp.uint32),
+            "sums": (2 * self.warps * 32 * self.values, jnp.float32),
         }
         if self.table:
-            buffers = buffers or self.buffers
-            memory["tables"] = (buffers * self.table_bytes // 4, jnp.uint32)
+            memory["tables"] = (2 * self.table_bytes // 4, jnp.uint32)
             if self.book is None:
-                memory["levels of tiles"] = (buffers * tiles.ROWS * 2**self.bits, jnp.float16)
+                memory["levels of tiles"] = (2 * tiles.ROWS * 2**self.bits, jnp.float16)
         return memory
 
     @property
@@ -204,6 +181,6 @@ class Plan:
         """Bytes of a tile's tables."""
         return 4**self.bits * PAIR_BYTES if self.book is None else self.book.lines * self.book.line_bytes
 
-    def shared_bytes(self, buffers: int = 2) -> int:
-        """Bytes of shared memory, in which every array begins at a multiple of 1024."""
-        return sum(-(-count * jnp.dtype(dtype).itemsize // 1024) * 1024 for count, dtype in self.scratch(buffers).values())
+    def shared_bytes(self) -> int:
+        """Bytes of shared memory, with what aligning its parts may cost."""
+        return sum(count * jnp.dtype(dtype).itemsize + 1024 for count, dtype in self.scratch().values())

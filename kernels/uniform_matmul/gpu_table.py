@@ -18,6 +18,9 @@ TOP = 14  # exponent of a token's largest input
 class Lookup:
     """What tables of any kind have in common.
 
+    Attributes:
+      ahead: tiles from one to that of which things are asked for before its products.
+
     Args:
       plan: sizes.
       refs: addresses by name.
@@ -25,37 +28,30 @@ class Lookup:
       warp: index of the warp.
     """
 
+    ahead: int
+
     def __init__(self, plan: Plan, refs: dict[str, Any], lane: Any, warp: Any):
         self.plan, self.refs, self.lane, self.warp = plan, refs, lane, warp
         self.thread = t.add(t.mul(warp, 32), lane)
         self.row, self.column = w.shift_right(lane, 2), t.bits_and(lane, 3)  # g and t of `tiles`
 
-    @property
-    def ahead(self) -> int:
-        """Tiles from one to that of which things are asked for before its products."""
-        raise NotImplementedError
-
     def load(self, tile: Any) -> list[Any]:
-        """What a thread asks for of a tile."""
+        """What a thread asks for of a tile, before the products of the tile `ahead` of it."""
         raise NotImplementedError
 
     def begin(self, tiles_ahead: list[Any]) -> None:
-        """Puts what was asked for of the first `ahead` tiles into shared memory; a barrier follows."""
+        """Puts what was asked for of the first tiles into shared memory; a barrier follows."""
         raise NotImplementedError
 
     def write_first(self) -> None:
-        """Writes the tables of the first tiles; a barrier follows."""
+        """Writes the tables of the first tile."""
         raise NotImplementedError
 
     def write(self, loaded: list[Any], ordinal: Any) -> None:
-        """Writes the tables of the tile 1 + `lag` after one, whose products are done, and what was asked for before them."""
+        """Writes the tables of the tile after one, while that one's are read, and what was asked for then."""
         raise NotImplementedError
 
-    def slot(self, ordinal: Any) -> Any:
-        """Place of a tile's tables."""
-        return t.rem(ordinal, self.plan.buffers)
-
-    def pairs(self, words: tuple[list[Any], list[Any]], first: int, chunk: Any, tile: Any, slot: Any) -> list[Any]:
+    def pairs(self, words: tuple[list[Any], list[Any]], first: int, chunk: Any, tile: Any, parity: Any) -> list[Any]:
         """Pairs number first and first + 1 of both rows' words, rows of one number side by side."""
         raise NotImplementedError
 
@@ -63,7 +59,7 @@ class Lookup:
         """Sums of nothing: two of each, lest every product waits for the one before."""
         return [t.number(0.0)] * 8
 
-    def product(self, block: dict[str, Any], chunk: Any, tile: Any, slot: Any, sums: list[Any]) -> list[Any]:
+    def product(self, block: dict[str, Any], chunk: Any, tile: Any, parity: Any, sums: list[Any]) -> list[Any]:
         """Adds the product of a warp's chunk and its inputs to the sums of 16 outputs and 8 rows of inputs."""
         plan = self.plan
         row = t.mul(t.least(self.row, plan.rows - 1), plan.stride)
@@ -73,7 +69,7 @@ class Lookup:
         for i in range(plan.width // 32):
             x = self.load_inputs(t.at(inputs, 64 * i))
             for first in (4 * i, 4 * i + 2):
-                a = self.pairs(words, first, chunk, tile, slot)
+                a = self.pairs(words, first, chunk, tile, parity)
                 sums = sums[4:] + w.mma(a, x[first % 4 : first % 4 + 2], sums[:4])
         return sums
 
@@ -89,10 +85,10 @@ class Lookup:
         return sums if self.plan.parts == 1 else [t.fadd(sums[0], sums[1]), t.fadd(sums[2], sums[3])]
 
     def owner(self, lane: Any, number: Any) -> tuple[Any, Any]:
-        """Row in the tile and token of a value by its number, and that of its lane among those that have sums."""
-        tokens, sharers = 2 // self.plan.parts, self.plan.sharers
-        row = t.add(t.div(lane, sharers), t.mul(t.div(number, tokens), 8))
-        return row, t.add(t.mul(t.rem(lane, sharers), tokens), t.rem(number, tokens))
+        """Row in the tile and token of a value by its lane and number."""
+        tokens = 2 // self.plan.parts
+        row = t.add(w.shift_right(lane, 2), t.mul(t.div(number, tokens), 8))
+        return row, t.add(t.mul(t.bits_and(lane, 3), tokens), t.rem(number, tokens))
 
     def write_inputs(self, token: int, start: Any, values: list[Any]) -> None:
         """Writes consecutive inputs, multiplied by the power of two, as float16."""
@@ -111,6 +107,8 @@ class Table(Lookup):
     makes its part of the table.
     """
 
+    ahead = 2
+
     def __init__(self, plan: Plan, refs: dict[str, Any], lane: Any, warp: Any):
         super().__init__(plan, refs, lane, warp)
         self.count = 2**plan.bits
@@ -128,37 +126,31 @@ class Table(Lookup):
         place = t.least(place, self.plan.out * self.row_bytes - self.piece)
         return w.load_words(t.at(self.refs["levels"], place), self.piece // 4)
 
-    @property
-    def ahead(self) -> int:
-        """The levels are a tile ahead of the table."""
-        return 2 + self.plan.lag
-
     def begin(self, tiles_ahead: list[Any]) -> None:
-        """Puts the levels of the first tiles into shared memory."""
+        """Puts the levels of the first two tiles into shared memory."""
         for ordinal, tile in enumerate(tiles_ahead):
             self._stage(self.load(tile), w.i32(ordinal))
 
     def write_first(self) -> None:
-        """Writes the tables of the first tiles."""
-        for ordinal in range(1 + self.plan.lag):
-            self._build(w.i32(ordinal))
+        """Writes the table of the first tile."""
+        self._build(w.i32(0))
 
     def write(self, loaded: list[Any], ordinal: Any) -> None:
-        """Writes a table, and the levels of the tile after that one's."""
-        self._build(self.slot(t.add(ordinal, 1 + self.plan.lag)))
-        self._stage(loaded, self.slot(t.add(ordinal, self.ahead)))
+        """Writes the table of the tile after one, and the levels of the tile after that in place of that one's."""
+        self._build(t.bits_and(t.add(ordinal, 1), 1))
+        self._stage(loaded, t.bits_and(ordinal, 1))
 
-    def _stage(self, loaded: list[Any], slot: Any) -> None:
-        place = t.add(t.mul(slot, tiles.ROWS * self.row_bytes), t.mul(self.thread, self.piece))
+    def _stage(self, loaded: list[Any], parity: Any) -> None:
+        place = t.add(t.mul(parity, tiles.ROWS * self.row_bytes), t.mul(self.thread, self.piece))
         with t.when(t.less(self.thread, tiles.ROWS * self.row_bytes // self.piece)):
             w.store_together(loaded, t.at(self.refs["levels of tiles"], place))
 
-    def _build(self, slot: Any) -> None:
+    def _build(self, parity: Any) -> None:
         """Writes a table, [second code][first code][row of a lane][lane]."""
-        address = t.at(self.refs["tables"], t.add(self._start(slot), t.mul(self.lane, 4)))
+        address = t.at(self.refs["tables"], t.add(self._start(parity), t.mul(self.lane, 4)))
         size = self.piece // 4
         for half in self.halves:
-            row = t.add(t.mul(slot, tiles.ROWS), self.row, t.mul(half, 8))
+            row = t.add(t.mul(parity, tiles.ROWS), self.row, t.mul(half, 8))
             levels = t.at(self.refs["levels of tiles"], t.mul(row, self.row_bytes))
             first = [word for i in range(0, self.count // 2, size) for word in w.load_words(t.at(levels, 4 * i), size)]
             for code in self.second_codes:
@@ -168,19 +160,19 @@ class Table(Lookup):
                     both = t.permute(first[i // 2], high, 0x5432 if i % 2 else 0x5410)
                     w.store_together([both], t.at(line, i * PAIR_BYTES))
 
-    def _start(self, slot: Any) -> Any:
-        return t.mul(slot, self.count**2 * PAIR_BYTES)
+    def _start(self, parity: Any) -> Any:
+        return t.mul(parity, self.count**2 * PAIR_BYTES)
 
-    def pairs(self, words: tuple[list[Any], list[Any]], first: int, chunk: Any, tile: Any, slot: Any) -> list[Any]:
+    def pairs(self, words: tuple[list[Any], list[Any]], first: int, chunk: Any, tile: Any, parity: Any) -> list[Any]:
         """Pairs of levels."""
         del chunk, tile
-        return [self.pair(words[half], half, number, slot) for number in (first, first + 1) for half in range(2)]
+        return [self.pair(words[half], half, number, parity) for number in (first, first + 1) for half in range(2)]
 
-    def pair(self, words: list[Any], half: int, number: int, slot: Any) -> Any:
+    def pair(self, words: list[Any], half: int, number: int, parity: Any) -> Any:
         """A pair of levels of one of the rows, from the row's words."""
         bits = self.plan.bits
         count = 16 // bits
-        place = t.add(self._start(slot), t.mul(self.lane, 4), PAIR_BYTES // 2 * half)
+        place = t.add(self._start(parity), t.mul(self.lane, 4), PAIR_BYTES // 2 * half)
         if number == count * len(words):  # the sixteenth of 3 bits
             for i, word in enumerate(words):
                 place = w.cut(w.shift_right(word, 22 - 2 * i), 0x300 << 2 * i, place)

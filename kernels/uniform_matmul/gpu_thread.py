@@ -38,8 +38,6 @@ class Thread:
         codes = self.load_rows(first), [self.load(first, step) for step in range(plan.steps)]
         if self.table:
             self.table.begin([self.tile(w.i32(ordinal)) for ordinal in range(self.table.ahead)])
-        with t.when(t.less(self.thread, 1)):
-            t.make_barrier(self.refs["barrier"], plan.warps)
         self.prepare_inputs()
         if self.table:
             self.table.write_first()
@@ -50,34 +48,31 @@ class Thread:
         def one_turn(index, carry):
             (rows, blocks), sums = carry
             following = t.add(index, 1)
-            loaded = self.table.load(self.tile(t.add(self.ordinal(index), self.table.ahead))) if self.table else []
+            loaded = self.table.load(self.tile(t.add(self.ordinal(index), self.table.ahead))) if self.table else None
             new: tuple[Any, list[Any]] = self.load_rows(following), []
             for step, block in enumerate(blocks):
                 sums = self.product(block, index, step, sums)
                 new[1].append(self.load(following, step))
-            values = self.grid.collect(sums, rows) if self.grid else self.table.collect(sums)
+            if self.table:
+                self.table.write(loaded, self.ordinal(index))
             zeros = self.weights.zeros()
             if plan.turns == 1:
-                self.finish(self.ordinal(index), values, loaded)
+                self.finish(index, rows, sums)
                 return new, zeros
             last = w.equal(self.place(index)[1], plan.turns - 1)
             with t.when(last):
-                self.finish(self.ordinal(index), values, loaded)
+                self.finish(index, rows, sums)
             return new, jax.tree.map(lambda zero, total: t.select(last, zero, total), zeros, sums)
 
         own_tiles = t.div(t.sub(plan.tiles + plan.grid - 1, self.block), plan.grid)
         w.loop(t.mul(own_tiles, plan.turns), one_turn, (codes, self.weights.zeros()))
-        if plan.lag:
-            last = t.sub(own_tiles, 1)
-            t.wait(self.refs["barrier"], last)
-            self.add_up(last)
 
     def product(self, block: dict[str, Any], index: Any, step: int, sums: Any) -> Any:
         """Adds the product of this warp's chunk of a block and its inputs."""
         tile, turn = self.place(index)
         _, chunk = self.chunk(turn, step)
         if self.table:
-            return self.table.product(block, chunk, tile, self.table.slot(self.ordinal(index)), sums)
+            return self.table.product(block, chunk, tile, self.parity(index), sums)
         return self.grid.product(block, chunk, sums)
 
     def place(self, index: Any) -> tuple[Any, Any]:
@@ -92,6 +87,10 @@ class Thread:
     def ordinal(self, index: Any) -> Any:
         """Which of this block's tiles it is."""
         return t.div(index, self.plan.turns)
+
+    def parity(self, index: Any) -> Any:
+        """Which of two places in shared memory a tile uses: in the other one the tile before is still being read."""
+        return t.bits_and(self.ordinal(index), 1)
 
     def chunk(self, turn: Any, step: int) -> tuple[Any, Any]:
         """The block of columns of this warpgroup, and the chunk of this warp."""
@@ -173,54 +172,28 @@ class Thread:
                 with t.when(t.less(start, plan.padded)):
                     self.weights.write_inputs(token, start, values)
 
-    def finish(self, ordinal: Any, values: list[Any], loaded: list[Any]) -> None:
-        """What follows a tile's products: its sums, and tables of a tile to come.
-
-        With a lag, a warp waits for what others did a tile before; it overwrites nothing that they may still read, since
-        sums are held for two tiles and tables for three. Without, it waits for what they do now.
-        """
-        barrier, before = self.refs["barrier"], t.sub(ordinal, 1)
-        if self.plan.lag:
-            t.wait(barrier, before)
-        self.store_sums(ordinal, values)
-        if self.plan.lag:
-            with t.when(t.less(0, ordinal)):
-                self.add_up(before)
-        if self.table:
-            self.table.write(loaded, ordinal)
-        t.arrive(barrier)
-        if not self.plan.lag:
-            t.wait(barrier, ordinal)
-            self.add_up(ordinal)
-
-    def sums_of(self, ordinal: Any) -> Any:
-        """Where the sums of all warps for a tile are, [warp, lane that has some, number]."""
-        return t.at(self.refs["sums"], t.mul(t.bits_and(ordinal, 1), 4 * self.plan.sums * self.plan.warps))
-
-    def store_sums(self, ordinal: Any, values: list[Any]) -> None:
-        """Writes those sums of a thread that some token has."""
-        plan, lane = self.plan, t.bits_and(self.thread, 31)
-        place = t.add(t.mul(self.warp, 8 * plan.sharers), t.mul(w.shift_right(lane, 2), plan.sharers), t.bits_and(lane, 3))
-        with t.when(t.less(t.bits_and(lane, 3), plan.sharers)):
-            w.store_together(values, t.at(self.sums_of(ordinal), t.mul(place, 4 * plan.values)))
-
-    def add_up(self, ordinal: Any) -> None:
+    def finish(self, index: Any, rows: list[Any], sums: Any) -> None:
         """Adds up the sums of all warps, scales and writes the outputs: one warpgroup does, another one for each tile."""
         plan = self.plan
-        with t.when(w.equal(t.rem(ordinal, plan.config.warpgroups), self.warpgroup)):
+        values = self.grid.collect(sums, rows) if self.grid else self.table.collect(sums)
+        size = 32 * plan.values
+        all_sums = t.at(self.refs["sums"], t.mul(self.parity(index), 4 * size * plan.warps))
+        w.store_together(values, t.at(all_sums, t.mul(self.thread, 4 * plan.values)))
+        t.block_barrier()
+        with t.when(w.equal(t.rem(self.ordinal(index), plan.config.warpgroups), self.warpgroup)):
             thread = t.bits_and(self.thread, WARPGROUP - 1)
-            for first in range(0, plan.sums, WARPGROUP):
-                self.add_up_one(ordinal, t.add(thread, first))
+            for first in range(0, size, WARPGROUP):
+                self.add_up(index, t.add(thread, first), all_sums, size)
 
-    def add_up_one(self, ordinal: Any, place: Any) -> None:
-        """Adds up one of the numbers of all warps."""
+    def add_up(self, index: Any, place: Any, all_sums: Any, size: int) -> None:
+        """Adds up one of the values of all warps."""
         plan = self.plan
-        address = t.at(self.sums_of(ordinal), t.mul(t.least(place, plan.sums - 1), 4))
-        parts = [t.load(t.at(address, 4 * plan.sums * warp), jnp.float32)[0] for warp in range(plan.warps)]
+        address = t.at(all_sums, t.mul(t.least(place, size - 1), 4))
+        parts = [t.load(t.at(address, 4 * size * warp), jnp.float32)[0] for warp in range(plan.warps)]
         value = functools.reduce(t.fadd, parts)
         row, token = self.weights.owner(t.div(place, plan.values), t.rem(place, plan.values))
-        row = t.add(t.mul(self.tile(ordinal), tiles.ROWS), row)
-        with t.when(t.both(t.less(place, plan.sums), t.both(t.less(row, plan.out), t.less(token, plan.tokens)))):
+        row = t.add(t.mul(self.place(index)[0], tiles.ROWS), row)
+        with t.when(t.both(t.less(place, size), t.both(t.less(row, plan.out), t.less(token, plan.tokens)))):
             self.write(value, token, row)
 
     def write(self, value: Any, token: Any, row: Any) -> None:
