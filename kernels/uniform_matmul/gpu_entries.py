@@ -19,8 +19,6 @@ _ALIGNED = 1024  # bytes, of which arrays in shared memory begin at multiples
 class Entries(Lookup):
     """Tables of entries per block."""
 
-    ahead = 1
-
     def __init__(self, plan: Plan, refs: dict[str, Any], lane: Any, warp: Any):
         super().__init__(plan, refs, lane, warp)
         assert plan.book is not None
@@ -44,18 +42,8 @@ class Entries(Lookup):
             loaded.append(w.load_words(address, self.piece // 4))
         return loaded
 
-    def begin(self, tiles_ahead: list[Any]) -> None:
-        """Writes the tables of the first tile."""
-        self._store(self.load(tiles_ahead[0]), w.i32(0))
-
-    def write_first(self) -> None:
-        """Writes nothing."""
-
-    def write(self, loaded: list[Any], ordinal: Any) -> None:
-        """Writes the tables of the tile after one."""
-        self._store(loaded, t.bits_and(t.add(ordinal, 1), 1))
-
-    def _store(self, loaded: list[Any], parity: Any) -> None:
+    def write(self, loaded: list[Any], parity: Any) -> None:
+        """Writes the pieces."""
         for piece, words in zip(self.own, loaded, strict=True):
             place = t.add(self._start(parity), t.mul(piece, self.piece))
             with t.when(t.less(piece, self.pieces)):

@@ -163,7 +163,7 @@ class Plan:
         return jnp.dtype(self.dtypes[name]).itemsize
 
     def scratch(self) -> dict[str, tuple[int, Any]]:
-        """Shared memory: inputs, what they were divided by, the warps' largest; the warps' sums, tables and levels, twice."""
+        """Shared memory: inputs, what they were divided by, the warps' largest, the warps' sums and tables, both twice."""
         memory = {
             "inputs": (self.rows * self.stride, jnp.uint8),
             "factors": (MOST_ROWS, jnp.float32),
@@ -172,8 +172,6 @@ class Plan:
         }
         if self.table:
             memory["tables"] = (2 * self.table_bytes // 4, jnp.uint32)
-            if self.book is None:
-                memory["levels of tiles"] = (2 * tiles.ROWS * 2**self.bits, jnp.float16)
         return memory
 
     @property

@@ -18,9 +18,6 @@ TOP = 14  # exponent of a token's largest input
 class Lookup:
     """What tables of any kind have in common.
 
-    Attributes:
-      ahead: tiles from one to that of which things are asked for before its products.
-
     Args:
       plan: sizes.
       refs: addresses by name.
@@ -28,27 +25,17 @@ class Lookup:
       warp: index of the warp.
     """
 
-    ahead: int
-
     def __init__(self, plan: Plan, refs: dict[str, Any], lane: Any, warp: Any):
         self.plan, self.refs, self.lane, self.warp = plan, refs, lane, warp
         self.thread = t.add(t.mul(warp, 32), lane)
         self.row, self.column = w.shift_right(lane, 2), t.bits_and(lane, 3)  # g and t of `tiles`
 
     def load(self, tile: Any) -> list[Any]:
-        """What a thread asks for of a tile, before the products of the tile `ahead` of it."""
+        """What a thread makes its part of a tile's tables from."""
         raise NotImplementedError
 
-    def begin(self, tiles_ahead: list[Any]) -> None:
-        """Puts what was asked for of the first tiles into shared memory; a barrier follows."""
-        raise NotImplementedError
-
-    def write_first(self) -> None:
-        """Writes the tables of the first tile."""
-        raise NotImplementedError
-
-    def write(self, loaded: list[Any], ordinal: Any) -> None:
-        """Writes the tables of the tile after one, while that one's are read, and what was asked for then."""
+    def write(self, loaded: list[Any], parity: Any) -> None:
+        """Writes its part, to the place of a parity."""
         raise NotImplementedError
 
     def pairs(self, words: tuple[list[Any], list[Any]], first: int, chunk: Any, tile: Any, parity: Any) -> list[Any]:
@@ -101,19 +88,11 @@ class Lookup:
 
 
 class Table(Lookup):
-    """A table of levels per row.
-
-    The levels of a tile lie side by side, so few threads copy them to shared memory for all; a tile later, every warp
-    makes its part of the table.
-    """
-
-    ahead = 2
+    """A table of levels per row."""
 
     def __init__(self, plan: Plan, refs: dict[str, Any], lane: Any, warp: Any):
         super().__init__(plan, refs, lane, warp)
         self.count = 2**plan.bits
-        self.row_bytes = 2 * self.count
-        self.piece = min(16, self.row_bytes)  # bytes that a thread copies
         # Of which rows, and the codes for whose pairs, a warp writes the table; of few codes several warps write the same.
         self.halves: list[Any] = [0, 1]
         if plan.warps >= 2 * self.count:
@@ -121,40 +100,22 @@ class Table(Lookup):
         self.second_codes = [t.bits_and(t.add(warp, i), self.count - 1) for i in range(0, self.count, plan.warps)]
 
     def load(self, tile: Any) -> list[Any]:
-        """A piece of the tile's levels; some other one where there is none."""
-        place = t.add(t.mul(tile, tiles.ROWS * self.row_bytes), t.mul(self.thread, self.piece))
-        place = t.least(place, self.plan.out * self.row_bytes - self.piece)
-        return w.load_words(t.at(self.refs["levels"], place), self.piece // 4)
+        """For the warp's rows, all levels, two in a word, and those that this warp makes the second ones of pairs."""
+        rows = []
+        for half in self.halves:
+            row = t.least(t.add(t.mul(tile, tiles.ROWS), self.row, t.mul(half, 8)), self.plan.out - 1)
+            address = t.at(self.refs["levels"], t.mul(row, 2 * self.count))
+            size = min(4, self.count // 2)
+            first = [word for i in range(0, self.count // 2, size) for word in w.load_words(t.at(address, 4 * i), size)]
+            second = [w.load_short(t.at(address, t.mul(code, 2))) for code in self.second_codes]
+            rows.append((first, second))
+        return rows
 
-    def begin(self, tiles_ahead: list[Any]) -> None:
-        """Puts the levels of the first two tiles into shared memory."""
-        for ordinal, tile in enumerate(tiles_ahead):
-            self._stage(self.load(tile), w.i32(ordinal))
-
-    def write_first(self) -> None:
-        """Writes the table of the first tile."""
-        self._build(w.i32(0))
-
-    def write(self, loaded: list[Any], ordinal: Any) -> None:
-        """Writes the table of the tile after one, and the levels of the tile after that in place of that one's."""
-        self._build(t.bits_and(t.add(ordinal, 1), 1))
-        self._stage(loaded, t.bits_and(ordinal, 1))
-
-    def _stage(self, loaded: list[Any], parity: Any) -> None:
-        place = t.add(t.mul(parity, tiles.ROWS * self.row_bytes), t.mul(self.thread, self.piece))
-        with t.when(t.less(self.thread, tiles.ROWS * self.row_bytes // self.piece)):
-            w.store_together(loaded, t.at(self.refs["levels of tiles"], place))
-
-    def _build(self, parity: Any) -> None:
+    def write(self, loaded: list[Any], parity: Any) -> None:
         """Writes a table, [second code][first code][row of a lane][lane]."""
         address = t.at(self.refs["tables"], t.add(self._start(parity), t.mul(self.lane, 4)))
-        size = self.piece // 4
-        for half in self.halves:
-            row = t.add(t.mul(parity, tiles.ROWS), self.row, t.mul(half, 8))
-            levels = t.at(self.refs["levels of tiles"], t.mul(row, self.row_bytes))
-            first = [word for i in range(0, self.count // 2, size) for word in w.load_words(t.at(levels, 4 * i), size)]
-            for code in self.second_codes:
-                high = w.load_short(t.at(levels, t.mul(code, 2)))
+        for half, (first, second) in zip(self.halves, loaded, strict=True):
+            for code, high in zip(self.second_codes, second, strict=True):
                 line = t.at(address, t.mul(code, self.count * PAIR_BYTES), t.mul(half, PAIR_BYTES // 2))
                 for i in range(self.count):
                     both = t.permute(first[i // 2], high, 0x5432 if i % 2 else 0x5410)

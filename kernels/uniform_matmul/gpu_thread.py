@@ -36,11 +36,9 @@ class Thread:
         """Everything."""
         plan, first = self.plan, w.i32(0)
         codes = self.load_rows(first), [self.load(first, step) for step in range(plan.steps)]
-        if self.table:
-            self.table.begin([self.tile(w.i32(ordinal)) for ordinal in range(self.table.ahead)])
         self.prepare_inputs()
         if self.table:
-            self.table.write_first()
+            self.table.write(self.table.load(self.place(first)[0]), self.parity(first))
         t.block_barrier()
         if self.grid:
             self.grid.add_inputs(lambda turn, step: self.chunk(turn, step)[1])
@@ -48,13 +46,13 @@ class Thread:
         def one_turn(index, carry):
             (rows, blocks), sums = carry
             following = t.add(index, 1)
-            loaded = self.table.load(self.tile(t.add(self.ordinal(index), self.table.ahead))) if self.table else None
+            loaded = self.table.load(self.place(following)[0]) if self.table else None
             new: tuple[Any, list[Any]] = self.load_rows(following), []
             for step, block in enumerate(blocks):
                 sums = self.product(block, index, step, sums)
                 new[1].append(self.load(following, step))
             if self.table:
-                self.table.write(loaded, self.ordinal(index))
+                self.table.write(loaded, self.parity(following))
             zeros = self.weights.zeros()
             if plan.turns == 1:
                 self.finish(index, rows, sums)
@@ -76,13 +74,10 @@ class Thread:
         return self.grid.product(block, chunk, sums)
 
     def place(self, index: Any) -> tuple[Any, Any]:
-        """Tile and turn of a step of the loop."""
+        """Tile and turn of a step of the loop; what follows the last tile is the last tile."""
+        tile = t.add(self.block, t.mul(self.ordinal(index), self.plan.grid))
         turn = w.i32(0) if self.plan.turns == 1 else t.rem(index, self.plan.turns)
-        return self.tile(self.ordinal(index)), turn
-
-    def tile(self, ordinal: Any) -> Any:
-        """One of this block's tiles; what follows the last one is the last one."""
-        return t.least(t.add(self.block, t.mul(ordinal, self.plan.grid)), self.plan.tiles - 1)
+        return t.least(tile, self.plan.tiles - 1), turn
 
     def ordinal(self, index: Any) -> Any:
         """Which of this block's tiles it is."""
