@@ -1,9 +1,9 @@
 """Times greedy decoding at batch 1: `python -m experiments.bench_generation`. A row per model and format, as JSON.
 
-The same code decodes with bfloat16 weights and with additive codes, two codebooks of 256 vectors of 8, in all linear
-layers of the blocks, laid out for the device. Embedding and head are bfloat16 in both. Weights are random, those of
-`--model` too: their values do not matter for speed, so only its configuration is read. A pass is one call of
-`generation.next_tokens`, as `generate` makes tokens, only more of them; a figure is the median over passes.
+The same code decodes with bfloat16 weights and with quantized ones in all linear layers of the blocks, laid out for the
+device: by default additive codes, two codebooks of 256 vectors of 8. Embedding and head are bfloat16 in any case. Weights
+are random, those of `--model` too: their values do not matter for speed, so only its configuration is read. A pass is one
+call of `generation.next_tokens`, as `generate` makes tokens, only more of them; a figure is the median over passes.
 
 Runs with other arguments add their rows to the device's file; a row that was there is replaced.
 """
@@ -22,10 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.bench_kernels import additive, store
+from experiments import bench_kernels
+from experiments.bench_kernels import store
 from experiments.run import commit
 from jaxquant import trees
 from jaxquant.checkpoint import environment
+from jaxquant.codebook_tensor import ColumnTensor
 from jaxquant.generation import empty_cache, for_generation, next_token, next_tokens
 from jaxquant.models import Model, ModelConfig, make_model
 from jaxquant.models.config import parse_config, tensor_names, tensor_shape
@@ -35,7 +37,8 @@ from jaxquant.serving import for_serving, from_serving
 from jaxquant.tensors import is_quantized
 
 RESULTS = Path(__file__).parent / "results" / "generation"
-FORMATS = ("2x8", "bfloat16")
+# Of bench_kernels, and the standard deviation of their random weights, or None for dense ones.
+FORMATS = {"2x8": 2**0.5, "uniform 4-bit": 4.61, "gptvq 2D 2-bit": 1.155, "bfloat16": None}
 KEY = ("model", "format")  # of a row
 SHAPES: dict[str, dict[str, Any]] = {  # as in a model's config.json
     "llama-2-7b": {
@@ -78,7 +81,7 @@ class Arguments:
     shapes: tuple[str, ...] = ("llama-2-7b",)
     model: str | None = None
     layers: int | None = None
-    formats: tuple[str, ...] = FORMATS
+    formats: tuple[str, ...] = ("2x8", "bfloat16")
     prompt: int = 16
     context: int = 256
     steps: int = 64
@@ -86,15 +89,17 @@ class Arguments:
     results: Path = RESULTS
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "packed"))
-def random_weight(key: jax.Array, shape: tuple[int, ...], *, packed: bool) -> Any:
-    """A weight [out, in] that keeps the variance of its input: additive codes in the device's layout, or bfloat16."""
+@functools.partial(jax.jit, static_argnames=("shape", "name"))
+def random_weight(key: jax.Array, shape: tuple[int, ...], name: str) -> Any:
+    """A weight [out, in] that keeps the variance of its input, of one of FORMATS and laid out for the device."""
     out, columns = shape
-    if not packed:
+    deviation = FORMATS[name]
+    if deviation is None:
         return jax.random.normal(key, shape, jnp.bfloat16) * jnp.asarray(columns**-0.5, jnp.bfloat16)
-    tensor = additive(2, key, columns, out)
-    scale = jnp.full((out, 1), (2 * columns) ** -0.5, jnp.float16)  # the two entries have variance 1 each
-    return for_serving(dataclasses.replace(tensor, scale=scale))
+    tensor: Any = bench_kernels.FORMATS[name](key, columns, out)
+    base = tensor.base if isinstance(tensor, ColumnTensor) else tensor
+    base = dataclasses.replace(base, scale=jnp.full((out, 1), columns**-0.5 / deviation, jnp.float16))
+    return for_serving(dataclasses.replace(tensor, base=base) if isinstance(tensor, ColumnTensor) else base)
 
 
 def random_params(config: ModelConfig, name: str) -> Any:
@@ -118,7 +123,7 @@ def random_params(config: ModelConfig, name: str) -> Any:
         if len(shape) == 1:  # norms and biases
             node[leaf] = jnp.ones(shape, jnp.bfloat16)
             continue
-        node[leaf] = random_weight(jax.random.key(i), shape, packed=packed)
+        node[leaf] = random_weight(jax.random.key(i), shape, name if packed else "bfloat16")
         linear += packed
     params = for_generation(params)
     if (read := sum(map(is_quantized, trees.flatten(params).values()))) < linear:

@@ -113,9 +113,9 @@ def book_tensor(tensor: CodebookTensor) -> BookTileTensor:
     factor = None if power is None else jnp.repeat(power, out // blocks[0])
     scale, row_scale = tensor.scale, None
     if scale is not None and scale.shape[1] == 1:
-        row_scale, scale = str(scale.dtype), None
-        rows = jnp.broadcast_to(tensor.scale.astype(jnp.float32)[:, 0], (out,))
+        rows = jnp.broadcast_to(scale.astype(jnp.float32)[:, 0], (out,))
         factor = rows if factor is None else rows * factor
+        row_scale, scale = str(scale.dtype), None
     digits = tiles.to_digits(tensor.codes.unpack()[0], tensor.codes.bits // d, d)
     return BookTileTensor(
         words=tiles.to_tiles(digits, tensor.codes.bits // d, table=True),

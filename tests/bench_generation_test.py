@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import bench_generation, tables
+from jaxquant.tensors import dense
 from tests import tiny
 
 # One block, hidden 64, MLP 256, vocabulary 256: embedding and head, three norms, and seven linear layers.
@@ -48,11 +49,16 @@ def test_a_row_per_format(tmp_path, capsys):
 
 
 def test_padding_is_held_and_not_accounted():
-    tensor = bench_generation.random_weight(jax.random.key(0), (1024, 32), packed=True)
+    tensor = bench_generation.random_weight(jax.random.key(0), (1024, 32), "2x8")
     accounted = bench_generation.accounted_bytes({"weight": tensor})
     assert accounted == packed_bytes(1024, 32)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(tensor)) == accounted + 64 * 8  # a cache line per row of slots
-    assert float(jnp.std(tensor.dequantize())) == pytest.approx(32**-0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("name", bench_generation.FORMATS)
+def test_weights_keep_the_variance_of_inputs(name):
+    weight = dense(bench_generation.random_weight(jax.random.key(0), (256, 512), name)).astype(jnp.float32)
+    assert float(jnp.std(weight)) == pytest.approx(512**-0.5, rel=0.1)
 
 
 def test_a_given_model_has_its_own_shape(tmp_path):
@@ -66,7 +72,7 @@ def test_a_given_model_has_its_own_shape(tmp_path):
     ("arguments", "message"),
     [
         (["--shapes", "huge"], r"shapes: expected some of llama-2-7b, tiny, got ['huge']"),
-        (["--formats", "3x3"], r"formats: expected some of 2x8, bfloat16, got ['3x3']"),
+        (["--formats", "3x3"], r"formats: expected some of 2x8, uniform 4-bit, gptvq 2D 2-bit, bfloat16, got ['3x3']"),
         (["--context", "64"], "a context that holds prompt + steps, got 16, 64, 10 and 64"),
         (["--model", "no/such/model"], "source: expected a Hugging Face directory, a .gguf file or a hub id"),
     ],

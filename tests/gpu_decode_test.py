@@ -18,7 +18,7 @@ from jaxquant.ops import supports
 from jaxquant.serving import for_serving
 from tests import ops_test as tensors
 from tests.gpu_model import Model
-from tests.tensors_test import codebook_tensor
+from tests.tensors_test import random_codebook_tensor
 
 gpu_decode, gpu_fields, gpu_inputs, gpu_plan = (
     importlib.import_module(f"jaxquant.kernels.{name}")
@@ -26,7 +26,7 @@ gpu_decode, gpu_fields, gpu_inputs, gpu_plan = (
 )
 additive = importlib.import_module("jaxquant.kernels.codebook_matmul.gpu_batch")
 scalar = importlib.import_module("jaxquant.kernels.uniform_matmul.gpu_batch")
-tables = importlib.import_module("jaxquant.kernels.uniform_matmul.gpu_books")
+api = importlib.import_module("jaxquant.kernels.uniform_matmul.api")
 
 BOUND = 1e-3
 
@@ -251,12 +251,16 @@ BOOKS = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "block"), BOOKS)
-@pytest.mark.parametrize(("bits", "d"), [(2, 1), (3, 1), (4, 1), (2, 2), (3, 2), (4, 2), (2, 4)])
-def test_tables_of_blocks(monkeypatch, shape, block, bits, d):
+ENTRIES = [(2, 1), (3, 1), (4, 1), (2, 2), (3, 2), (4, 2), (2, 4)]
+
+
+@pytest.mark.parametrize(("number", "entry"), [(i, (i + k) % 7) for i in range(7) for k in (0, 3, 5)])
+def test_tables_of_blocks(monkeypatch, number, entry):
     monkeypatch.setattr(gpu_decode, "matmul", emulate)
+    monkeypatch.setattr(api, "GPU_TOKENS", 0)
+    ((shape, block), (bits, d)) = BOOKS[number], ENTRIES[entry]
     blocks = shape[0] // block[0], shape[1] // block[1]
-    weight = codebook_tensor(*shape, 1, 2 ** (bits * d), blocks, (1, d))[0]
+    weight = random_codebook_tensor(*shape, 1, 2 ** (bits * d), blocks, (1, d))
     if reason := supports(weight, "gpu"):
         assert reason.startswith("expected at most 16384 values in the tables of 256 x 128 weights, got ")
         assert np.prod(block) < 8 * 2 ** (bits * d) * d  # which cost more than 2 bits per weight
@@ -358,12 +362,12 @@ def test_rows_that_float16_cannot_hold(value, monkeypatch):
 
 def levels_tensor(out, n, bits):
     """A random CodebookTensor with a table per row."""
-    return codebook_tensor(out, n, 1, 2**bits, (out, 1), (1, 1))[0]
+    return random_codebook_tensor(out, n, 1, 2**bits, (out, 1), (1, 1))
 
 
 def tables_tensor(out, n, bits, d, blocks):
     """A random CodebookTensor with a table of integers per block, as GPTVQ's."""
-    tensor = codebook_tensor(out, n, 1, 2**bits, blocks, (1, d))[0]
+    tensor = random_codebook_tensor(out, n, 1, 2**bits, blocks, (1, d))
     books = tensor.codebooks.astype(jnp.float32)
     return dataclasses.replace(tensor, codebooks=symmetric_tensor(books, symmetric_scale(books, 8, "float16"), 8))
 

@@ -22,7 +22,7 @@ from jaxquant.prologue import ACTIVATIONS, Gate, RMSNorm
 from jaxquant.serving import BankedTensor, banked_tensor, for_serving, from_serving
 from tests.gpu_model import Model
 from tests.ops_test import TENSORS, additive, dequantize, relative
-from tests.tensors_test import codebook_tensor
+from tests.tensors_test import random_codebook_tensor
 
 needs_mosaic = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the GPU kernels need JAX 0.11")
 
@@ -48,7 +48,13 @@ def modelled(x, weight, config, monkeypatch, prologue=None, residual=None):
     for cluster, chunk in np.ndindex(plan.grid):
         model = Model(config.cluster, plan.threads)
         model.patch(monkeypatch)
-        sizes = config.sets * plan.chunk * gpu_plan.TABLE_BYTES, 4 * plan.sums, 4 * plan.sums, 8, 4 * plan.warps * plan.chunk
+        sizes = (
+            config.sets * plan.chunk * gpu_plan.TABLE_BYTES,
+            4 * plan.sums,
+            4 * plan.sums,
+            8,
+            4 * plan.warps * plan.chunk,
+        )
         addresses = [*map(model.global_, (x, *arrays[:2], y)), *map(model.shared, sizes)]
         pointers = {name: model.global_(array.reshape(-1)) for name, array in given.items()}
         place = model.block, cluster, chunk
@@ -323,7 +329,7 @@ REFUSALS = [
     (additive(count=3), 1, "expected 1, 2, 4 or 8 codebooks with vectors of 4, 8 or 16, got 3 with vectors of 8"),
     (additive(blocks=(1, 2), d=4), 1, "expected codebooks for all of the weight, got 1 x 2 blocks"),
     (additive(size=512), 1, "expected codes of at most 8 bits, got 9"),
-    (codebook_tensor(8, 16, 1, 8, (1, 1), (2, 2))[0], 1, "expected entries of one row"),
+    (random_codebook_tensor(8, 16, 1, 8, (1, 1), (2, 2)), 1, "expected entries of one row"),
 ]
 
 

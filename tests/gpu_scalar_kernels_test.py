@@ -1,5 +1,6 @@
 """GPU kernels for scalar codes without a GPU: the program of their threads in numpy, and that they can be lowered."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,14 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxquant import ConcatTensor, UniformTensor, matmul
-from jaxquant.book_tensor import book_tensor
+from jaxquant.book_tensor import BookTileTensor, book_tensor
+from jaxquant.grid import symmetric_scale, symmetric_tensor
 from jaxquant.kernels.uniform_matmul import api, tiles
 from jaxquant.ops import choose, supports
 from jaxquant.serving import for_serving, from_serving
 from jaxquant.tile_tensors import LevelTileTensor, UniformTileTensor, tile_tensor
+from tests.formats import in_float32
 from tests.ops_test import dequantize, outliers, relative, uniform_tensor
 from tests.simt import Threads
-from tests.tensors_test import codebook_tensor
+from tests.tensors_test import random_codebook_tensor
 
 gpu = pytest.importorskip(
     "jaxquant.kernels.uniform_matmul.gpu", reason="needs Mosaic GPU, of JAX 0.11", exc_type=ImportError
@@ -32,12 +35,12 @@ from_tiles = jax.jit(tiles.from_tiles, static_argnums=(1, 2, 3), static_argnames
 
 def levels(out, n, bits, **options):
     """A random CodebookTensor with a table per row."""
-    return codebook_tensor(out, n, 1, 2**bits, (out, 1), (1, 1), **options)[0]
+    return random_codebook_tensor(out, n, 1, 2**bits, (out, 1), (1, 1), **options)
 
 
 def tables(out, n, bits, d, blocks):
     """A random CodebookTensor with a table per block."""
-    return codebook_tensor(out, n, 1, 2**bits, blocks, (1, d))[0]
+    return random_codebook_tensor(out, n, 1, 2**bits, blocks, (1, d))
 
 
 @pytest.fixture
@@ -204,6 +207,58 @@ def test_the_layout_is_reversible_and_counted(name):
     assert choose(served) == ("gpu" if jax.default_backend() == "gpu" else "reference")
 
 
+def with_integers(weight, bits=8):
+    """The weight with codebooks of integers, whose spacings are very different."""
+    books = weight.codebooks.astype(jnp.float32)
+    factor = jnp.exp2(jnp.asarray(np.random.default_rng(3).integers(-12, 12, (len(books), 1)), jnp.float32))
+    books = books * factor
+    return dataclasses.replace(weight, codebooks=symmetric_tensor(books, symmetric_scale(books, bits, "float16"), bits))
+
+
+TABLES = {
+    "float16": tables(48, 512, 4, 2, (3, 2)),
+    "integers": with_integers(tables(48, 512, 4, 2, (3, 2))),
+    "5-bit integers": with_integers(tables(96, 512, 6, 2, (2, 2)), 5),
+    "odd tables of 4 levels": with_integers(tables(45, 504, 2, 1, (9, 1))),
+    "no scale": dataclasses.replace(with_integers(tables(64, 512, 8, 4, (1, 2))), scale=None),
+    "scale of columns": dataclasses.replace(
+        tables(48, 512, 4, 2, (3, 2)), scale=jnp.linspace(0.5, 2, 256, dtype=jnp.float16)[None]
+    ),
+}
+
+
+@needs_mosaic
+@pytest.mark.parametrize("name", TABLES)
+def test_the_layout_of_tables_is_reversible_and_right(name, in_numpy):
+    weight = TABLES[name]
+    served = jax.jit(lambda weight: for_serving(weight, "gpu"))(weight)
+    assert isinstance(served, BookTileTensor)
+    back = jax.jit(from_serving)(served)
+    assert jax.tree.structure(back) == jax.tree.structure(weight)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(weight), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    assert served.format == weight.format + ", kernel layout"
+    assert served.storage_bits() == sum(8 * leaf.nbytes for leaf in jax.tree.leaves(served))
+    x = np.random.default_rng(1).standard_normal((2, weight.shape[1])).astype(np.float32)
+    expected = x.astype(np.float64) @ np.asarray(dequantize(weight), np.float64).T
+    with jax.disable_jit():
+        assert relative(matmul(jnp.asarray(x), served, "gpu"), expected) < 5e-4
+
+
+@needs_mosaic
+def test_tables_of_integers_are_exact_to_float16(in_numpy):
+    weight = with_integers(tables(48, 512, 4, 2, (3, 2)))
+    tensor = book_tensor(weight)
+    dense = np.asarray(dequantize(weight), np.float64)
+    rows = np.abs(dense).max(1)
+    back = tiles.from_units(tensor.tables, 3, 32)
+    assert float(jnp.abs(back.astype(jnp.float32)).max()) <= 2**15
+    for row in range(48):
+        table = np.asarray(back[row // 16], np.float64) * float(tensor.factor[row])
+        assert np.isclose(np.abs(table).max(), rows[row], rtol=1e-3)
+
+
 @needs_mosaic
 def test_few_columns_are_not_padded_to_many():
     assert isinstance(for_serving(uniform_tensor(48, 64, 3), "gpu"), UniformTensor)
@@ -247,6 +302,10 @@ REFUSALS = [
     (uniform_tensor(n=48, group=16), 1, "expected groups of a multiple of 32 columns, got 16"),
     (uniform_tensor(1, 2**16, 2), 1, "expected at most 49152 columns for up to 8 tokens, got 65536"),
     (levels(4, 2**15, 2), 1, "expected at most 18432 columns for up to 8 tokens, got 32768"),
+    (tables(16, 64, 5, 2, (2, 1)), 1, "expected one codebook per block with codes of 2 bits for 1 x 1"),
+    (tables(16, 64, 4, 2, (1, 16)), 1, "expected blocks of a multiple of 8 columns, got 4"),
+    (tables(64, 64, 8, 4, (64, 8)), 1, "expected at most 16384 values in the tables of 256 x 128 weights, got"),
+    (in_float32(tables(16, 64, 4, 2, (2, 1))), 1, "expected codebooks of float16 or of integers with a scale each"),
 ]
 
 

@@ -14,7 +14,7 @@ from jaxquant.outliers import ColumnOutlierTensor
 from jaxquant.prologue import Gate, RMSNorm
 from jaxquant.serving import for_serving
 from jaxquant.tensors import pack_order, with_outliers
-from tests.tensors_test import codebook_tensor
+from tests.tensors_test import random_codebook_tensor
 
 OUT, IN = 24, 32
 BOUND = 2e-3  # of the kernels; what they reach is tested in their own files
@@ -31,7 +31,7 @@ def uniform_tensor(out=OUT, n=IN, bits=4, group=None, *, zero=True, seed=0):
 
 def additive(out=OUT, n=IN, count=2, size=256, blocks=(1, 1), d=8, **options):
     """A random CodebookTensor of additive codes."""
-    return codebook_tensor(out, n, count, size, blocks, (1, d), **options)[0]
+    return random_codebook_tensor(out, n, count, size, blocks, (1, d), **options)
 
 
 def outliers(base, count=5):
@@ -139,7 +139,12 @@ REFUSALS = {
     "no such": (additive(), "cuda", 1, "expected one of reference, cpu, tpu, gpu"),
     "tokens": (additive(), "cpu", 5, "expected at most 4 tokens, got 5"),
     "bits": (additive(size=512), "cpu", 1, "expected codes of at most 8 bits, got 9"),
-    "vectors": (codebook_tensor(8, 16, 1, 8, (1, 1), (2, 2))[0], "cpu", 1, "expected entries of one row, got 2 x 2"),
+    "vectors": (
+        random_codebook_tensor(8, 16, 1, 8, (1, 1), (2, 2)),
+        "cpu",
+        1,
+        "expected entries of one row, got 2 x 2",
+    ),
     "uniform": (uniform_tensor(), "cpu", 1, "a CPU kernel for additive codes only"),
     "part": (outliers(uniform_tensor(bits=5)), "gpu", 1, "expected codes of 2, 3, 4 or 8 bits, got 5"),
     "uniform bits": (uniform_tensor(bits=5), "tpu", 1, "expected codes of 2, 3, 4 or 8 bits, got 5"),

@@ -13,11 +13,11 @@ from jaxquant.outliers import ColumnOutlierTensor
 from jaxquant.serving import ServingTensor, for_serving, from_serving, lookup_tensor, word_tensor
 from jaxquant.tensors import dense_tree, is_quantized
 from tests.ops_test import TENSORS, additive, columns, outliers, uniform_tensor
-from tests.tensors_test import codebook_tensor
+from tests.tensors_test import random_codebook_tensor
 
 TREE = {
     "additive": additive(40, 64),
-    "levels": codebook_tensor(40, 64, 1, 16, (40, 1), (1, 1))[0],
+    "levels": random_codebook_tensor(40, 64, 1, 16, (40, 1), (1, 1)),
     "uniform": [uniform_tensor(24, 32, bits) for bits in (2, 3, 4, 8)] + [uniform_tensor(8, 64, 3, 32, zero=False)],
     "nested": columns(outliers(additive(40, 64))),
     "all": TENSORS,

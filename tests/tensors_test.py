@@ -10,22 +10,28 @@ from jaxquant.outliers import ColumnOutlierTensor
 from jaxquant.tensors import CodebookTensor, ConcatTensor, OutlierTensor, pack_order, unpack_order, with_outliers
 
 
-def codebook_tensor(out, n, count, size, blocks, vector, *, scaled=True, seed=0):
-    """A random CodebookTensor, and its weight by a loop."""
+def random_codebook_tensor(out, n, count, size, blocks, vector, *, scaled=True, seed=0):
+    """A random CodebookTensor."""
     rng = np.random.default_rng(seed)
     (g, d), (r, c) = vector, blocks
-    codes = rng.integers(0, size, (count, out // g, n // d))
-    books = rng.standard_normal((r * c * count, size * g * d)).astype(np.float16)
-    scale = rng.uniform(1, 2, (out // g, 1)).astype(np.float16) if scaled else None
+    codes = jnp.asarray(rng.integers(0, size, (count, out // g, n // d)))
+    books = jnp.asarray(rng.standard_normal((r * c * count, size * g * d)), jnp.float16)
+    scale = jnp.asarray(rng.uniform(1, 2, (out // g, 1)), jnp.float16) if scaled else None
+    return CodebookTensor(pack(codes, (size - 1).bit_length()), books, scale, blocks, vector)
+
+
+def codebook_tensor(out, n, count, size, blocks, vector, **options):
+    """A random CodebookTensor, and its weight by a loop."""
+    tensor = random_codebook_tensor(out, n, count, size, blocks, vector, **options)
+    (g, d), (r, c) = vector, blocks
+    codes, books = np.asarray(tensor.codes.unpack(), int), np.asarray(tensor.codebooks)
     weight = np.zeros((out, n))
     for i in range(out // g):
         for j in range(n // d):
             block = (i // (out // g // r)) * c + j // (n // d // c)
             vectors = [books[block * count + m].reshape(size, g, d)[codes[m, i, j]] for m in range(count)]
-            factor = float(scale[i, 0]) if scaled else 1.0
+            factor = 1.0 if tensor.scale is None else float(tensor.scale[i, 0])
             weight[i * g : (i + 1) * g, j * d : (j + 1) * d] = factor * np.sum(vectors, axis=0, dtype=np.float64)
-    packed = pack(jnp.asarray(codes), (size - 1).bit_length())
-    tensor = CodebookTensor(packed, jnp.asarray(books), None if scale is None else jnp.asarray(scale), blocks, vector)
     return tensor, weight
 
 

@@ -11,14 +11,14 @@ from jaxquant.kernels.codebook_matmul import layout, tpu
 from jaxquant.ops import supports
 from jaxquant.serving import for_serving
 from tests.ops_test import TENSORS, additive, dequantize, product, relative, uniform_tensor
-from tests.tensors_test import codebook_tensor
+from tests.tensors_test import random_codebook_tensor
 
 BOUND = 2e-3
 
 
 def levels(out, n, bits, **options):
     """A random CodebookTensor with a table per row."""
-    return codebook_tensor(out, n, 1, 2**bits, (out, 1), (1, 1), **options)[0]
+    return random_codebook_tensor(out, n, 1, 2**bits, (out, 1), (1, 1), **options)
 
 
 # name: (weight, tokens, bound); the bounds say which arithmetic is exact to float32 and what is rounded to bfloat16.

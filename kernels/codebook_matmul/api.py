@@ -124,7 +124,6 @@ def codebook_matmul(
     return product(x, slots, codebooks, scale, **settings)
 
 
-
 def _gather_plan(x: Any, weights: Sequence[Weight], prologue: Any, residual: Any, dimension: int, dtype: Any) -> Any:
     """The plan of `gpu_gather` for products with few tokens and small weights that it can do together, otherwise None."""
     from jaxquant.kernels.codebook_matmul.gpu_gather_plan import make_plan

@@ -177,7 +177,7 @@ def make_plan(
     config: BlockConfig | None = None,
 ) -> Plan:
     """The plan for `gpu.lookup_matmul` with these arrays, of which shapes and dtypes suffice; weights are `layout.alike`."""
-    (tokens, columns), (words, books, scale) = x.shape, weights[0]
+    (tokens, columns), (words, books, _) = x.shape, weights[0]
     outs = tuple(words.shape[1] for words, _, _ in weights)
     chunk = -(-tokens // -(-tokens // _TOKENS))
     return Plan(

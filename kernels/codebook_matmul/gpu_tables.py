@@ -77,7 +77,9 @@ class TableBuilder:
         values = self._load_row("x", self.x, row, group)
         if plan.activation is not None:
             gates = self._load_row("prologue", self.given["prologue"], row, group)
-            values = [t.fmul(v, gpu_fused.activated(plan.activation, gate)) for v, gate in zip(values, gates, strict=True)]
+            values = [
+                t.fmul(v, gpu_fused.activated(plan.activation, gate)) for v, gate in zip(values, gates, strict=True)
+            ]
         if plan.norm is not None:
             weight = self._load_row("prologue", self.given["prologue"], 0, group)
             weight = [t.fadd(w, t.number(plan.norm[1])) for w in weight] if plan.norm[1] else weight

@@ -1,10 +1,11 @@
 """Scalar codes on a GPU for few tokens, by Pallas Mosaic GPU: codes go from global memory to the matrix unit in registers.
 
 The codes lie as the matrix unit's operands do (see `tiles`): a thread loads 16 bytes and makes them operands, bytes of codes
-on uniform grids (`gpu_grid`) or pairs of float16 numbers of a table per row (`gpu_table`) or block (`gpu_entries`). The matrix unit multiplies 16 outputs of
-weights with 8 columns of inputs at once, so a few tokens cost little more than one. One block of threads runs on a
-multiprocessor, has all inputs in shared memory, and goes through tiles of 16 outputs; its warps divide the columns, each
-with the codes of its next tile already on the way. The warps' sums are added up in a fixed order.
+on uniform grids (`gpu_grid`) or pairs of float16 numbers, of a table per row (`gpu_table`) or per block of the weight
+(`gpu_entries`). The matrix unit multiplies 16 outputs of weights with 8 columns of inputs at once, so a few tokens cost
+little more than one. One block of threads runs on a multiprocessor, has all inputs in shared memory, and goes through tiles
+of 16 outputs; its warps divide the columns, each with the codes of its next tile already on the way. The warps' sums are
+added up in a fixed order.
 
 The time is that of reading the codes and, with tables, of as many bytes of lookups in shared memory.
 """

@@ -103,8 +103,8 @@ class Entries(Lookup):
         else:
             word, bit = words[number // (16 // bits)], number % (16 // bits) * 2 * bits
             low, high = (_cut(word, bit + i * bits, bits, 1, table) for i in range(2))
-        values = [w.load_short(self._address(place)) for place in (low, high)]
-        return t.permute(*values, 0x5410)
+        low, high = (w.load_short(self._address(place)) for place in (low, high))
+        return t.permute(low, high, 0x5410)
 
     def _place(self, words: list[Any], number: int, width: int, at: int, table: Any) -> Any:
         """An entry's place: `width` bits from pair `number` on are shifted to bit `at`."""

@@ -1,8 +1,8 @@
 """Products with tables in a thread of the GPU kernel: pairs of float16 numbers, looked up in shared memory.
 
-With levels per row, a tile has a table of all pairs of levels of its rows. An entry has a number for each lane and each of its rows, so no two
-lanes of a warp read the same bank. Its address is the pair of codes, a byte or less, then 8 bits for row and lane. Inputs
-are float16 numbers times a power of two per token; what that leaves of float32 makes a second row.
+With levels per row, a tile has a table of all pairs of levels of its rows. An entry has a number for each lane and each of
+its rows, so no two lanes of a warp read the same bank. Its address is the pair of codes, a byte or less, then 8 bits for
+row and lane. Inputs are float16 numbers times a power of two per token; what that leaves of float32 makes a second row.
 """
 
 from typing import Any
