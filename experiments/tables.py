@@ -166,9 +166,16 @@ TABLES: dict[str, Callable[[list[Result]], str]] = {
 }
 
 
+BY_DEVICE = ("kernels", "generation")  # tables that a device's name may follow
+
+
 def table(name: str) -> str:
-    """A table of the documentation; the first word of its name is that of the experiment."""
-    return TABLES[name](load(name.split()[0]))
+    """A table of the documentation; the first word of its name is that of the experiment, the others may be a device's."""
+    experiment, _, device = name.partition(" ")
+    if name in TABLES:
+        return TABLES[name](load(experiment))
+    results = [result for result in load(experiment) if device in result["rows"][0]["environment"]["device"]]
+    return TABLES[experiment](results)
 
 
 def written(text: str) -> str:
@@ -187,7 +194,7 @@ def main(arguments: list[str]) -> int:
         document.write_text(written(document.read_text(encoding="utf-8")), encoding="utf-8")
         return 0
     for name in arguments or TABLES:
-        if name not in TABLES:
+        if name not in TABLES and name.partition(" ")[0] not in BY_DEVICE:
             print(f"error: expected names among {', '.join(TABLES)}, or --write FILE, got {name!r}", file=sys.stderr)
             return 1
         if arguments or load(name.split()[0]):

@@ -277,12 +277,29 @@ def _product(x: jax.Array, weight: Any, implementation: str, dtype: Any = jnp.fl
         base = _product(x, weight.base, implementation).astype(jnp.float32)
         place = weight.positions()
         row, column = place // np.int32(weight.shape[1]), place % np.int32(weight.shape[1])
-        return base.at[:, row].add(x.astype(jnp.float32)[:, column] * weight.values.astype(jnp.float32)[None, :])
+        products = x.astype(jnp.float32)[:, column] * weight.values.astype(jnp.float32)[None, :]
+        return base + _row_sums(products, row, weight.shape[0])
     if isinstance(weight, ColumnOutlierTensor):
         base = _product(x, weight.base, implementation).astype(jnp.float32)
         x = jnp.take(x.astype(jnp.float32), weight.columns.astype(jnp.int32), axis=1, mode="fill", fill_value=0)
         return base + jnp.einsum("tk,ok->to", x, weight.values.astype(jnp.float32))
     return _leaf(x, weight, implementation, dtype)
+
+
+def _row_sums(values: jax.Array, rows: jax.Array, count: int) -> jax.Array:
+    """Sums float32 [tokens, k] over the values of the same row, of at most 2**16 each, to [tokens, count].
+
+    GPUs add in any order, so the numbers are integers: two of 14 bits each, times a power of two per token.
+    """
+    bits = 14
+    largest = jnp.abs(values).max(axis=1, keepdims=True, initial=0)
+    exponent = jnp.maximum(jnp.frexp(largest)[1], -100)
+    scaled = values * jnp.ldexp(jnp.float32(1), bits - exponent)
+    high = jnp.round(scaled)
+    parts = jnp.stack([high, jnp.round((scaled - high) * 2.0**bits)]).astype(jnp.int32)
+    high, low = jnp.zeros((2, len(values), count), jnp.int32).at[:, :, rows].add(parts).astype(jnp.float32)
+    total = (high + low * 2.0**-bits) * jnp.ldexp(jnp.float32(1), exponent - bits)
+    return total + 0 * largest  # not a number, where there is one
 
 
 def _concat(x: jax.Array, weight: ConcatTensor, implementation: str) -> jax.Array:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxquant import ConcatTensor, UniformTensor, matmul, pack
+from jaxquant import ConcatTensor, UniformTensor, matmul, ops, pack
 from jaxquant.codebook_tensor import ColumnTensor, log_scale
 from jaxquant.ops import matmul_each, supports
 from jaxquant.outliers import ColumnOutlierTensor
@@ -224,6 +224,22 @@ def test_a_prologue_fits_the_inputs(prologue):
 def test_activations_are_known():
     with pytest.raises(ValueError, match=r"activation: expected one of .*'silu'.*, got 'relu'"):
         Gate(np.ones(3), "relu")
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-30, 1e30])
+def test_outliers_are_added_exactly_in_any_order(factor):
+    rng = np.random.default_rng(0)
+    values = (rng.standard_normal((3, 500)) * 10.0 ** rng.uniform(-3, 0, (3, 500)) * factor).astype(np.float32)
+    values[2] = 0
+    rows, order = rng.integers(0, 7, 500), rng.permutation(500)
+    sums = jax.jit(ops._row_sums, static_argnums=2)
+    found = sums(jnp.asarray(values), jnp.asarray(rows), 8)
+    np.testing.assert_array_equal(found, sums(jnp.asarray(values[:, order]), jnp.asarray(rows[order]), 8))
+    expected = np.stack([values.astype(np.float64)[:, rows == row].sum(1) for row in range(8)], 1)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7 * np.abs(values).max())
+    values[1, 4] = np.inf
+    assert np.isnan(sums(jnp.asarray(values), jnp.asarray(rows), 8)[1]).all()
+    assert sums(jnp.zeros((2, 0)), jnp.zeros(0, jnp.int32), 3).shape == (2, 3)
 
 
 @pytest.mark.parametrize("fused", [False, True])
