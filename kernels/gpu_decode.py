@@ -58,7 +58,10 @@ def matmul(
       factor: float [out] that the product is multiplied by, None for ones.
       dtype: of the result.
     """
-    tokens = len(x)
+    tokens, columns = x.shape
+    if (decoder.steps - 1) * decoder.calls * decoder.fragments * decoder.width >= columns:
+        # Such a step has been seen to read the inputs of another one.
+        raise ValueError(f"decode: expected every step to have some of {columns} columns, got {decoder.steps} steps")
     x, of_tokens = gpu_inputs.prepare(x, decoder.dtype)
     given = [factor for factor in (of_tokens, factor) if factor is not None]
     tiles = pl.cdiv(out, config.rows * config.cluster) * pl.cdiv(tokens, config.tokens)

@@ -136,6 +136,7 @@ def emulate(x, streams, tables, decoder, *, out, config, factor, dtype):
     shared = [r.constant(starts[-1])] if table_size else []
     for first in range(0, 128 * config.warpgroups, 128):
         decoder.fill(r, tables, shared, r.thread() + np.uint32(first), 128 * config.warpgroups)
+    assert (decoder.steps - 1) * decoder.calls * decoder.fragments * decoder.width < x.shape[1]
     x = permuted(x)
     y = np.zeros((len(x), out))
     columns = decoder.calls * decoder.fragments * decoder.width
@@ -377,6 +378,9 @@ PRODUCTS = {
     "2x8": (tensors.additive(520, 1024), 9),
     "2x8, many tokens": (tensors.additive(520, 1024), 600),
     "1x8": (tensors.additive(333, 264, 1), 64),
+    "4x8, a part of a set": (tensors.additive(300, 40, 4), 100),
+    "3-bit, a part of a block": (tensors.uniform_tensor(300, 60, 3), 600),
+    "4 levels, a part of a block": (levels_tensor(300, 60, 2), 600),
     "4x8": (tensors.additive(333, 264, 4), 100),
     "2x8, vectors of 16": (tensors.additive(333, 1040, 2, d=16), 20),
     "1x8, vectors of 16": (tensors.additive(200, 1040, 1, d=16), 300),

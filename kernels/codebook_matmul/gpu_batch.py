@@ -31,14 +31,14 @@ class AdditiveDecoder:
     Attributes:
       dimension: d, 8 or 16.
       count: M, codebooks.
-      sets: of slots.
+      columns: of the weight.
       pieces: of 64 outputs of a tile, a power of two.
       calls: fragments of 64 columns per step, a divisor of those of a set; its codes are read anew for every step.
     """
 
     dimension: int
     count: int
-    sets: int
+    columns: int
     pieces: int
     calls: int
 
@@ -67,8 +67,8 @@ class AdditiveDecoder:
 
     @property
     def steps(self) -> int:
-        """Steps of the whole weight."""
-        return self.sets * self.parts
+        """Steps of the whole weight: not of what fills its last set."""
+        return -(-self.columns // (self.width * self.calls))
 
     def source(self, stream: int, copy: int, step: Any, row: Any) -> tuple[Any, ...]:
         """The words of a step's set."""
@@ -129,14 +129,14 @@ class AdditiveDecoder:
         return [r.packed("add.f16x2", a, b) for a, b in zip(total, entry, strict=True)]
 
 
-def _decoder(dimension: int, count: int, sets: int, config: gpu_plan.BlockConfig) -> AdditiveDecoder:
+def _decoder(dimension: int, count: int, columns: int, config: gpu_plan.BlockConfig) -> AdditiveDecoder:
     """As long steps as leave room for three of them; of many tokens for two, lest every fragment waits for its product."""
     stages, pieces = 3 if config.tokens <= 128 else 2, config.rows // _PIECE
     if pieces & (pieces - 1):
         raise ValueError(
             f"additive decoding: expected a power of two of 64 outputs per tile, got {config.rows} outputs"
         )
-    decoder = AdditiveDecoder(dimension, count, sets, pieces, layout.SET * dimension // (64 * count))
+    decoder = AdditiveDecoder(dimension, count, columns, pieces, layout.SET * dimension // (64 * count))
     words = layout.SET * config.rows
     while decoder.calls > 1 and (
         count * decoder.book_bytes + stages * (words + 128 * decoder.calls * config.tokens) > gpu_plan.SHARED
@@ -168,7 +168,7 @@ def decode_matmul(
     """
     config = config or gpu_plan.block_config(len(x), words.shape[1])
     (lines, out, _), count = words.shape, len(codebooks)
-    decoder = _decoder(dimension, count, lines // _ROWS, config)
+    decoder = _decoder(dimension, count, x.shape[1], config)
     row_scale, column_scale = layout.split_scale(scale)
     if column_scale is not None:
         x = x.astype(jnp.float32) * jnp.repeat(column_scale.astype(jnp.float32), dimension)[None, :]

@@ -33,14 +33,14 @@ class TileDecoder:
 
     Attributes:
       bits: of a code.
-      blocks: of columns.
+      inputs: columns of the weight.
       rows: outputs of a tile of the product.
       calls: chunks per step, a divisor of those of a block.
       width: columns of a fragment, a divisor of those of a chunk.
     """
 
     bits: int
-    blocks: int
+    inputs: int
     rows: int
     calls: int
     width: int
@@ -62,8 +62,8 @@ class TileDecoder:
 
     @property
     def steps(self) -> int:
-        """Steps of the whole weight."""
-        return self.blocks * tiles.WARPS // self.calls
+        """Steps of the whole weight: not of what fills its last block."""
+        return -(-self.inputs // self.columns)
 
     @property
     def columns(self) -> int:
@@ -287,11 +287,11 @@ def uniform_matmul(
     (groups, out), columns = scale.shape, x.shape[1]
     scaled = groups > 1
     config = config or gpu_plan.block_config(len(x), out, scaled=scaled)
-    blocks, calls = words.shape[1], step_chunks(bits, config)
-    group = columns // groups if scaled else blocks * tiles.block_columns(bits)
+    calls = step_chunks(bits, config)
+    group = columns // groups if scaled else words.shape[1] * tiles.block_columns(bits)
     half = jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float16
     width = math.gcd(WIDTH, tiles.chunk_columns(bits), group)
-    decoder = UniformDecoder(bits, blocks, config.rows, calls, width, group, zero is not None, scaled, half)
+    decoder = UniformDecoder(bits, columns, config.rows, calls, width, group, zero is not None, scaled, half)
     streams = [decoder.stream(words)]
     if zero is not None:
         streams.append(decoder.lines(gpu_fields.unpack(zero, bits, out)))
@@ -327,7 +327,7 @@ def level_matmul(
     row_scale = None if scale is None or scale.shape[1] > 1 else scale[:, 0]
     if scale is not None and row_scale is None:
         x = x.astype(jnp.float32) * scale.astype(jnp.float32)
-    decoder = LevelDecoder(bits, words.shape[1], config.rows, step_chunks(bits, config), WIDTH, out)
+    decoder = LevelDecoder(bits, x.shape[1], config.rows, step_chunks(bits, config), WIDTH, out)
     factor = gpu_fields.row_factor([row_scale, None if level_scale is None else level_scale[:, 0]], out)
     return gpu_decode.matmul(
         x, [decoder.stream(words)], [levels], decoder, out=out, config=config, factor=factor, dtype=dtype

@@ -119,9 +119,9 @@ class BookDecoder(gpu_batch.TileDecoder):
         return places
 
 
-def _decoder(bits: int, blocks: int, config: gpu_plan.BlockConfig, **sizes: Any) -> BookDecoder:
+def _decoder(bits: int, inputs: int, config: gpu_plan.BlockConfig, **sizes: Any) -> BookDecoder:
     """That with the longest steps of which enough fit into shared memory."""
-    decoders = [BookDecoder(bits, blocks, config.rows, calls, gpu_batch.WIDTH, **sizes) for calls in (4, 2, 1)]
+    decoders = [BookDecoder(bits, inputs, config.rows, calls, gpu_batch.WIDTH, **sizes) for calls in (4, 2, 1)]
 
     def stage(decoder: BookDecoder) -> int:
         return decoder.columns * (2 * config.tokens + config.rows * bits // 8) + 2 * math.prod(decoder.box)
@@ -157,6 +157,6 @@ def book_matmul(
       config: sizes, by default from `gpu_plan.block_config`.
     """
     config = config or gpu_plan.block_config(len(x), out)
-    decoder = _decoder(bits, words.shape[1], config, dimension=dimension, block=block)
+    decoder = _decoder(bits, x.shape[1], config, dimension=dimension, block=block)
     streams = [decoder.stream(words), gpu_plan.Stream(tables, decoder.box)]
     return gpu_decode.matmul(x, streams, [], decoder, out=out, config=config, factor=factor, dtype=dtype)
