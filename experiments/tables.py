@@ -122,13 +122,14 @@ def kernels(results: list[Result]) -> str:
     """A line per format, shape and batch: our kernel, other ways, and the time of reading the weight."""
     lines = []
     for rows in (result["rows"] for result in results):
-        dense = {(r["k"], r["n"], r["batch"]): r["microseconds"] for r in rows if r["implementation"] == "dense"}
-        made = {(r["format"], r["k"], r["n"], r["batch"]): r for r in rows if r["implementation"] == "reference"}
+        times = {
+            tuple(r[key] for key in ("implementation", "format", "k", "n", "batch")): r["microseconds"] for r in rows
+        }
         for r in (r for r in rows if r["implementation"] not in ("dense", "reference")):
-            time, floor, base = r["microseconds"], r["floor_microseconds"], dense.get((r["k"], r["n"], r["batch"]))
+            case, time, floor = (r["format"], r["k"], r["n"], r["batch"]), r["microseconds"], r["floor_microseconds"]
+            base, other = times.get(("dense", *case)), times.get(("reference", *case))
             compared = ["", ""] if base is None else [f"{base:.1f}", f"{time / base:.2f}"]
-            other = made.get((r["format"], r["k"], r["n"], r["batch"]))
-            compared.append("" if other is None else f"{other['microseconds']:.1f}")
+            compared.append("" if other is None else f"{other:.1f}")
             share = "" if floor is None else f"{floor / time:.0%}"
             shape, device = f"{r['k']} x {r['n']}", r["environment"]["device"]
             lines.append([r["format"], shape, str(r["batch"]), f"{time:.1f}", *compared, share, device])

@@ -139,6 +139,17 @@ def test_the_tables_of_the_documentation_are_those_of_the_results():
     assert tables.written(document) == document
 
 
+@pytest.mark.parametrize("name", ["kernels", "generation"])
+def test_tables_of_one_device(name, capsys):
+    assert tables.main([f"{name} H200"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    assert lines
+    assert all(line.endswith("| NVIDIA H200 |") for line in lines)
+    assert len(tables.table(name).splitlines()) > len(lines) + 2
+    assert tables.main(["layers H200"]) == 1
+    assert "expected names among" in capsys.readouterr().err
+
+
 def test_every_stored_result_can_be_plotted(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="plots are an extra")
     from experiments import plots
