@@ -141,9 +141,9 @@ def why_not(tensor: CodebookTensor) -> str | None:
         got = books.format if isinstance(books, UniformTensor) else books.dtype
         return f"expected codebooks of float16 or of integers with a scale each, got {got}"
     return api.supports_books(
-        "gpu",
         bits=tensor.codes.bits,
         count=tensor.num_codebooks,
+        size=tensor.codebook_size,
         vector=tensor.vector,
         blocks=tensor.blocks,
         shape=tensor.shape,

@@ -302,6 +302,7 @@ REFUSALS = [
     (uniform_tensor(n=48, group=16), 1, "expected groups of a multiple of 32 columns, got 16"),
     (uniform_tensor(1, 2**16, 2), 1, "expected at most 49152 columns for up to 8 tokens, got 65536"),
     (levels(4, 2**15, 2), 1, "expected at most 18432 columns for up to 8 tokens, got 32768"),
+    (random_codebook_tensor(16, 64, 1, 12, (2, 1), (1, 2)), 1, "expected 16 entries for codes of 4 bits, got 12"),
     (tables(16, 64, 5, 2, (2, 1)), 1, "expected one codebook per block with codes of 2 bits for 1 x 1"),
     (tables(16, 64, 4, 2, (1, 16)), 1, "expected blocks of a multiple of 8 columns, got 4"),
     (tables(64, 64, 8, 4, (64, 8)), 1, "expected at most 16384 values in the tables of 256 x 128 weights, got"),

@@ -50,10 +50,10 @@ def supports_levels(implementation: str, *, scale: tuple[int, ...] | None, colum
 
 
 def supports_books(
-    implementation: str,
     *,
     bits: int,
     count: int,
+    size: int,
     vector: tuple[int, int],
     blocks: tuple[int, int],
     shape: tuple[int, int],
@@ -62,18 +62,18 @@ def supports_books(
     """Says why the GPU kernel cannot do a product with entries of a table per block; None if it can.
 
     Args:
-      implementation: "gpu".
       bits: width of a code.
       count: M, codebooks that are added up.
+      size: K, entries of a codebook.
       vector: (g, d), rows and columns of an entry.
       blocks: (R, C).
       shape: of the weight.
       scale: shape of the scale, or None.
     """
-    if implementation != "gpu":
-        return f'expected "gpu" for tables of blocks, got "{implementation}"'
     if jax.__version_info__ < (0, 11):
         return f"expected JAX 0.11 or newer, got {jax.__version__}"
+    if size != 2**bits:
+        return f"expected {2**bits} entries for codes of {bits} bits, got {size}"
     got = f"{bits} bits for {vector[0]} x {vector[1]}"
     if count != 1 or (bits, *vector) not in BOOKS:
         known = ", ".join(f"{b} bits for {g} x {d}" for b, g, d in BOOKS)
