@@ -85,19 +85,27 @@ def speed(results: list[Result], against: str = "columns") -> Any:
 
 
 def kernels(results: list[Result]) -> Any:
-    """A panel per shape: microseconds of a product against its tokens."""
-    times: dict[tuple[int, int], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    """A row of panels per device, a panel per shape: microseconds of a product against its tokens."""
+    times: dict[str, dict[tuple[int, int], dict[str, dict[int, float]]]] = {}
     for r in (row for result in results for row in result["rows"]):
         name = {"dense": f"dense {r['dtype']}", "reference": f"{r['format']} made dense"}.get(r["implementation"])
-        times[r["k"], r["n"]][name or r["format"]][r["batch"]] = r["microseconds"]
-    names = sorted({name for panel in times.values() for name in panel})
-    figure, axes = plt.subplots(1, len(times), figsize=(3.6 * len(times), 3.6), squeeze=False)
-    for axis, (shape, panel) in zip(axes[0], sorted(times.items()), strict=True):
-        lines(axis, {name: sorted(panel[name].items()) for name in names})
-        axis.set(title="{} x {}".format(*shape), xlabel="tokens", xscale="log", yscale="log")
-        ticks(axis, {batch for points in panel.values() for batch in points})
-    axes[0, 0].set_ylabel("microseconds")
-    axes[0, -1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+        panels = times.setdefault(r["environment"]["device"], {})
+        points = panels.setdefault((r["k"], r["n"]), {}).setdefault(name or r["format"], {})
+        points[r["batch"]] = r["microseconds"]
+    shapes = sorted({shape for panels in times.values() for shape in panels})
+    names = sorted({name for panels in times.values() for panel in panels.values() for name in panel})
+    size = (3.6 * len(shapes), 3.6 * len(times))
+    figure, axes = plt.subplots(len(times), len(shapes), figsize=size, squeeze=False, layout="constrained")
+    for row, (device, panels) in zip(axes, sorted(times.items()), strict=True):
+        for axis, shape in zip(row, shapes, strict=True):
+            panel = panels.get(shape, {})
+            lines(axis, {name: sorted(panel.get(name, {}).items()) for name in names})
+            axis.set(title="{} x {}".format(*shape), xlabel="tokens", xscale="log", yscale="log")
+            ticks(axis, {batch for points in panel.values() for batch in points})
+        row[0].set_ylabel(f"microseconds, {device}")
+    found = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in figure.axes]
+    handles = {label: handle for panel in found for handle, label in panel}
+    figure.legend([handles[name] for name in names], names, fontsize=6, loc="outside right upper")
     return figure
 
 
