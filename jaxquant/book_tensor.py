@@ -134,13 +134,13 @@ def book_tensor(tensor: CodebookTensor) -> BookTileTensor:
 
 
 def why_not(tensor: CodebookTensor) -> str | None:
-    """Says why the GPU kernel cannot read a tensor; None if it can."""
+    """Says why the layout cannot hold a tensor; None if it can."""
     books: Any = tensor.codebooks
     integers = isinstance(books, UniformTensor) and books.zero is None and books.scale.shape[-1] == 1
     if not integers and (isinstance(books, UniformTensor) or books.dtype != jnp.float16):
         got = books.format if isinstance(books, UniformTensor) else books.dtype
         return f"expected codebooks of float16 or of integers with a scale each, got {got}"
-    return api.supports_books(
+    return api.fits_books(
         bits=tensor.codes.bits,
         count=tensor.num_codebooks,
         size=tensor.codebook_size,
@@ -160,7 +160,7 @@ def has_books(tensor: Any) -> TypeGuard[CodebookTensor]:
 
 def worth_books(tensor: Any) -> TypeGuard[CodebookTensor]:
     """True where the kernel would read the layout, and few columns are not padded to many."""
-    if not has_books(tensor) or why_not(tensor):
+    if not has_books(tensor) or why_not(tensor) or api.too_old():
         return False
     out, columns = tensor.shape
     padded = tiles.padded_size(out, columns, tensor.codes.bits // tensor.vector[1])

@@ -178,10 +178,10 @@ def _leaf_reason(weight: Any, implementation: str, tokens: int) -> str | None:
             implementation, bits=weight.bits, group=group, columns=weight.shape[1], tokens=tokens
         )
     if implementation == "gpu" and has_books(weight):
-        return why_not(weight)
+        return uniform_api.too_old() or why_not(weight)
     if isinstance(weight, BookTileTensor):
         if implementation == "gpu":
-            return None
+            return uniform_api.too_old()
         return _leaf_reason(jax.eval_shape(weight.original), implementation, tokens)
     if isinstance(weight, (CodebookTensor, LookupTensor, BankedTensor, LevelWordTensor, LevelTileTensor)):
         scale = None if weight.scale is None else weight.scale.shape

@@ -49,7 +49,7 @@ def supports_levels(implementation: str, *, scale: tuple[int, ...] | None, colum
     return _too_many(tokens, columns) if implementation == "tpu" else _on_gpu(tokens, columns, GPU_LEVEL_COLUMNS)
 
 
-def supports_books(
+def fits_books(
     *,
     bits: int,
     count: int,
@@ -59,7 +59,7 @@ def supports_books(
     shape: tuple[int, int],
     scale: tuple[int, ...] | None,
 ) -> str | None:
-    """Says why the GPU kernel cannot do a product with entries of a table per block; None if it can.
+    """Says why entries of a table per block do not fit the layout for GPUs; None if they do.
 
     Args:
       bits: width of a code.
@@ -70,8 +70,6 @@ def supports_books(
       shape: of the weight.
       scale: shape of the scale, or None.
     """
-    if jax.__version_info__ < (0, 11):
-        return f"expected JAX 0.11 or newer, got {jax.__version__}"
     if size != 2**bits:
         return f"expected {2**bits} entries for codes of {bits} bits, got {size}"
     got = f"{bits} bits for {vector[0]} x {vector[1]}"
@@ -98,9 +96,14 @@ def _too_many(tokens: int, columns: int) -> str | None:
     return f"expected at most {most} tokens, got {tokens}; make the weight dense for many tokens"
 
 
+def too_old() -> str | None:
+    """Says that JAX has no GPU kernels yet; None if it has."""
+    return None if jax.__version_info__ >= (0, 11) else f"expected JAX 0.11 or newer, got {jax.__version__}"
+
+
 def _on_gpu(tokens: int, columns: int, most_columns: int) -> str | None:
-    if jax.__version_info__ < (0, 11):
-        return f"expected JAX 0.11 or newer, got {jax.__version__}"
+    if reason := too_old():
+        return reason
     if tokens <= GPU_TOKENS and columns > most_columns:
         return f"expected at most {most_columns} columns for up to {GPU_TOKENS} tokens, got {columns}"
     return None
