@@ -97,9 +97,10 @@ def random_weight(key: jax.Array, shape: tuple[int, ...], name: str) -> Any:
     if deviation is None:
         return jax.random.normal(key, shape, jnp.bfloat16) * jnp.asarray(columns**-0.5, jnp.bfloat16)
     tensor: Any = bench_kernels.FORMATS[name](key, columns, out)
-    base = tensor.base if isinstance(tensor, ColumnTensor) else tensor
-    base = dataclasses.replace(base, scale=jnp.full((out, 1), columns**-0.5 / deviation, jnp.float16))
-    return for_serving(dataclasses.replace(tensor, base=base) if isinstance(tensor, ColumnTensor) else base)
+    scale = jnp.full((out, 1), columns**-0.5 / deviation, jnp.float16)
+    if isinstance(tensor, ColumnTensor):
+        return for_serving(dataclasses.replace(tensor, base=dataclasses.replace(tensor.base, scale=scale)))
+    return for_serving(dataclasses.replace(tensor, scale=scale))
 
 
 def random_params(config: ModelConfig, name: str) -> Any:

@@ -7,12 +7,12 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 
+from jaxquant.kernels import too_old
 from jaxquant.kernels.uniform_matmul import api, tiles
 from jaxquant.packing import pack
 from jaxquant.serving_tensor import ServingTensor, has_row_levels
 from jaxquant.tensors import CodebookTensor, UniformTensor
 
-_MOST_PADDING = 1.25  # times the codes, what is not worth a kernel
 # Tables of a block of rows are multiplied by a power of two that brings their largest grid's spacing to between 2**7 and
 # 2**8, so that 8-bit entries do not overflow. Spacings 2**30 times smaller count as this, far below float16's rounding.
 _TARGET, _LEAST = 8, 2.0**-23
@@ -160,8 +160,6 @@ def has_books(tensor: Any) -> TypeGuard[CodebookTensor]:
 
 def worth_books(tensor: Any) -> TypeGuard[CodebookTensor]:
     """True where the kernel would read the layout, and few columns are not padded to many."""
-    if not has_books(tensor) or why_not(tensor) or api.too_old():
+    if not has_books(tensor) or why_not(tensor) or too_old():
         return False
-    out, columns = tensor.shape
-    padded = tiles.padded_size(out, columns, tensor.codes.bits // tensor.vector[1])
-    return padded <= _MOST_PADDING * out * columns
+    return tiles.worth_padding(*tensor.shape, tensor.codes.bits // tensor.vector[1])

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxquant.book_tensor import BookTileTensor, book_tensor, has_books, why_not
 from jaxquant.codebook_tensor import ColumnTensor
+from jaxquant.kernels import too_old
 from jaxquant.kernels.codebook_matmul import api as codebook_api
 from jaxquant.kernels.uniform_matmul import api as uniform_api
 from jaxquant.outliers import ColumnOutlierTensor
@@ -178,10 +179,10 @@ def _leaf_reason(weight: Any, implementation: str, tokens: int) -> str | None:
             implementation, bits=weight.bits, group=group, columns=weight.shape[1], tokens=tokens
         )
     if implementation == "gpu" and has_books(weight):
-        return uniform_api.too_old() or why_not(weight)
+        return too_old() or why_not(weight)
     if isinstance(weight, BookTileTensor):
         if implementation == "gpu":
-            return uniform_api.too_old()
+            return too_old()
         return _leaf_reason(jax.eval_shape(weight.original), implementation, tokens)
     if isinstance(weight, (CodebookTensor, LookupTensor, BankedTensor, LevelWordTensor, LevelTileTensor)):
         scale = None if weight.scale is None else weight.scale.shape

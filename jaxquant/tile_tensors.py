@@ -12,7 +12,6 @@ from jaxquant.serving_tensor import ServingTensor, has_row_levels
 from jaxquant.tensors import CodebookTensor, QuantizedTensor, UniformTensor
 
 TILE_BITS = (2, 3, 4, 8)
-_MOST_PADDING = 1.25  # times the codes, what is not worth a kernel
 
 
 @functools.partial(
@@ -116,6 +115,4 @@ def worth_tiles(tensor: QuantizedTensor) -> TypeGuard[UniformTensor | CodebookTe
     else:
         scale = None if tensor.scale is None else tensor.scale.shape
         reason = api.supports_levels("gpu", scale=scale, columns=tensor.shape[1], tokens=1)
-    out, columns = tensor.shape
-    padded = tiles.padded_size(out, columns, tensor.codes.bits)
-    return reason is None and padded <= _MOST_PADDING * out * columns
+    return reason is None and tiles.worth_padding(*tensor.shape, tensor.codes.bits)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant.kernels import too_old
 from jaxquant.kernels.codebook_matmul.layout import Weight, alike
 from jaxquant.prologue import Prologue
 
@@ -50,8 +51,8 @@ def supports(
     if scale is not None and min(scale) > 1:
         return f"expected scales of rows or of columns, got scales {scale[0]} x {scale[1]}"
     if implementation == "gpu":
-        if jax.__version_info__ < (0, 11):
-            return f"expected JAX 0.11 or newer, got {jax.__version__}"
+        if reason := too_old():
+            return reason
         if tokens > GPU_TOKENS and not _decodes(count, vector[1]):
             got = f"{count} with vectors of {vector[1]}"
             known = "1, 2 or 4 codebooks with vectors of 8, or 1 or 2 with vectors of 16,"

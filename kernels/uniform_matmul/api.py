@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant.kernels import too_old
 from jaxquant.kernels.uniform_matmul import tiles
 
 TPU_TOKENS, GPU_TOKENS = 128, 8
@@ -94,11 +95,6 @@ def _too_many(tokens: int, columns: int) -> str | None:
     if tokens <= most:
         return None
     return f"expected at most {most} tokens, got {tokens}; make the weight dense for many tokens"
-
-
-def too_old() -> str | None:
-    """Says that JAX has no GPU kernels yet; None if it has."""
-    return None if jax.__version_info__ >= (0, 11) else f"expected JAX 0.11 or newer, got {jax.__version__}"
 
 
 def _on_gpu(tokens: int, columns: int, most_columns: int) -> str | None:

@@ -7,7 +7,7 @@ of rows at the end. Levels are looked up in registers, their bytes by themselves
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -238,9 +238,8 @@ def look_up(r: gr.Registers, bits: int, words: Sequence[Any], planes: Sequence[P
             pairs += [r.permute(low, high, r.constant(order)) for order in (0x5140, 0x7362)]
         return pairs
     codes = [r.shift(x, 2 * bits * i) for x in words for i in range(16 // bits)]
-    if bits == 3:  # two bits of the sixteenth pair are in each word's last bits
-        last = [r.shift(r.mask(x, 3 << 30), 30 - 2 * i) for i, x in enumerate(words)]
-        codes.append(r.either(r.either(last[0], last[1]), last[2]))
+    if bits == 3:
+        codes.append(sixteenth(r, words, 0))
     one = 2**bits - 1
     for i, code in enumerate(codes):
         second = r.mask(r.shift(code, bits - 4), one << 4)
@@ -250,6 +249,12 @@ def look_up(r: gr.Registers, bits: int, words: Sequence[Any], planes: Sequence[P
     return pairs
 
 
+def sixteenth(r: gr.Registers, words: Sequence[Any], at: int) -> Any:
+    """The sixteenth pair of 3 bits, two bits of which are in each word's last bits, shifted to bit `at`."""
+    last = [r.shift(r.mask(x, 3 << 30), 30 - at - 2 * i) for i, x in enumerate(words)]
+    return r.either(r.either(last[0], last[1]), last[2])
+
+
 def _four_of_sixteen(r: gr.Registers, codes: Any, planes: Planes) -> list[Any]:
     """Low and high bytes of four levels: lookups in both halves of the levels, and a choice by the codes' last bit."""
     selector = r.mask(codes, 0x7777)
@@ -257,10 +262,10 @@ def _four_of_sixteen(r: gr.Registers, codes: Any, planes: Planes) -> list[Any]:
     return [r.permute(r.permute(a, b, selector), r.permute(c, d, selector), choice) for a, b, c, d in planes]
 
 
-def step_chunks(bits: int, config: gpu_plan.BlockConfig) -> int:
-    """Chunks of the longest step of which enough fit into shared memory."""
+def step_chunks(bits: int, config: gpu_plan.BlockConfig, more: Callable[[int], int] = lambda _: 0) -> int:
+    """Chunks of the longest step of which enough fit into shared memory, with `more(chunks)` bytes beside codes and inputs."""
     chunk = tiles.chunk_columns(bits) * (2 * config.tokens + config.rows * bits // 8)  # bytes
-    return next((calls for calls in (4, 2) if _STAGES * calls * chunk <= gpu_plan.SHARED), 1)
+    return next((calls for calls in (4, 2) if _STAGES * (calls * chunk + more(calls)) <= gpu_plan.SHARED), 1)
 
 
 def uniform_matmul(

@@ -17,7 +17,6 @@ from jaxquant.kernels import gpu_decode, gpu_plan
 from jaxquant.kernels import gpu_registers as gr
 from jaxquant.kernels.uniform_matmul import gpu_batch, tiles
 
-_STAGES = 3  # steps in flight that shared memory should hold
 _OCTET = 8  # consecutive columns of a thread, of every 32
 
 
@@ -113,20 +112,18 @@ class BookDecoder(gpu_batch.TileDecoder):
         width, scale = self.bits * self.dimension, self.dimension.bit_length()  # an entry has 2**scale bytes
         mask = (2**width - 1) << scale
         places = [r.mask(r.shift(x, width * i - scale), mask) for x in words for i in range(32 // width)]
-        if self.bits == 3:  # two bits of the sixteenth pair are in each word's last bits
-            last = [r.shift(r.mask(x, 3 << 30), 30 - scale - 2 * i) for i, x in enumerate(words)]
-            places.append(r.either(r.either(last[0], last[1]), last[2]))
+        if self.bits == 3:
+            places.append(gpu_batch.sixteenth(r, words, scale))
         return places
 
 
 def _decoder(bits: int, inputs: int, config: gpu_plan.BlockConfig, **sizes: Any) -> BookDecoder:
     """That with the longest steps of which enough fit into shared memory."""
-    decoders = [BookDecoder(bits, inputs, config.rows, calls, gpu_batch.WIDTH, **sizes) for calls in (4, 2, 1)]
 
-    def stage(decoder: BookDecoder) -> int:
-        return decoder.columns * (2 * config.tokens + config.rows * bits // 8) + 2 * math.prod(decoder.box)
+    def decoder(calls: int) -> BookDecoder:
+        return BookDecoder(bits, inputs, config.rows, calls, gpu_batch.WIDTH, **sizes)
 
-    return next((d for d in decoders if _STAGES * stage(d) <= gpu_plan.SHARED), decoders[-1])
+    return decoder(gpu_batch.step_chunks(bits, config, lambda calls: 2 * math.prod(decoder(calls).box)))
 
 
 def book_matmul(

@@ -10,7 +10,7 @@ from jaxquant.kernels import gpu_threads as t
 from jaxquant.kernels import gpu_words as w
 from jaxquant.kernels.uniform_matmul import tiles
 from jaxquant.kernels.uniform_matmul.gpu_plan import Book, Plan
-from jaxquant.kernels.uniform_matmul.gpu_table import Lookup
+from jaxquant.kernels.uniform_matmul.gpu_table import Lookup, cut
 
 _OCTET = 8  # consecutive columns of a lane, of every 32
 _ALIGNED = 1024  # bytes, of which arrays in shared memory begin at multiples
@@ -28,7 +28,8 @@ class Entries(Lookup):
         # Where tables begin at multiples of their size, a code lies over the table's address, which saves an addition.
         self.numbered = _ALIGNED % (2 * self.book.values) == 0
         self.base = w.shared_number(refs["tables"]) if self.numbered else 0
-        self.own = [t.add(self.thread, start) for start in range(0, self.pieces, 32 * plan.warps)]
+        thread = t.add(t.mul(warp, 32), lane)
+        self.own = [t.add(thread, start) for start in range(0, self.pieces, 32 * plan.warps)]
 
     def load(self, tile: Any) -> list[Any]:
         """The thread's pieces of the tables; some other ones where there are none."""
@@ -45,7 +46,7 @@ class Entries(Lookup):
     def write(self, loaded: list[Any], parity: Any) -> None:
         """Writes the pieces."""
         for piece, words in zip(self.own, loaded, strict=True):
-            place = t.add(self._start(parity), t.mul(piece, self.piece))
+            place = t.add(self.start(parity), t.mul(piece, self.piece))
             with t.when(t.less(piece, self.pieces)):
                 w.store_together(words, t.at(self.refs["tables"], place))
 
@@ -53,18 +54,15 @@ class Entries(Lookup):
         """Of a line, the table of a tile's first row."""
         return t.div(t.mul(tile, tiles.ROWS), self.book.block[0])
 
-    def _start(self, parity: Any) -> Any:
-        return t.mul(parity, self.plan.table_bytes)
-
     def pairs(self, words: tuple[list[Any], list[Any]], first: int, chunk: Any, tile: Any, parity: Any) -> list[Any]:
         """Pairs of values of entries."""
         rows = []
         for half in range(2):
             table = self._table(half, first // 4, chunk, tile, parity)
             if self.book.dimension == 4:  # both pairs are an entry
-                rows.append(self._load(self._place(words[half], first, 8, 3, table), 2))
+                rows.append(self._load(self.place(words[half], first, 8, 3, table), 2))
             elif self.book.dimension == 2:
-                places = [self._place(words[half], n, 2 * self.plan.bits, 2, table) for n in (first, first + 1)]
+                places = [self.place(words[half], n, 2 * self.plan.bits, 2, table) for n in (first, first + 1)]
                 rows.append([self._load(place, 1)[0] for place in places])
             else:
                 rows.append([self._levels(words[half], n, table) for n in (first, first + 1)])
@@ -73,7 +71,7 @@ class Entries(Lookup):
     def _table(self, half: int, group: int, chunk: Any, tile: Any, parity: Any) -> Any:
         """Place of the table of a row and of the lane's columns in a group of 32, see `_load`."""
         (rows, columns), width = self.book.block, self.plan.width
-        table = t.add(self._start(parity), self.base)
+        table = t.add(self.start(parity), self.base)
         if rows % tiles.ROWS:
             row = t.add(t.mul(tile, tiles.ROWS), self.row, 8 * half)
             book = t.sub(t.div(row, rows), self._first_book(tile))
@@ -98,26 +96,10 @@ class Entries(Lookup):
         """A pair of single values, of tables with d = 1."""
         bits = self.plan.bits
         if bits == 3 and number == 15:  # two bits of which are in each word's last bits
-            low = _cut(words[1], 30, 1, 3, _cut(words[0], 30, 2, 1, table))
-            high = _cut(words[2], 30, 2, 2, _cut(words[1], 31, 1, 1, table))
+            low = cut(words[1], 30, 1, 3, cut(words[0], 30, 2, 1, table))
+            high = cut(words[2], 30, 2, 2, cut(words[1], 31, 1, 1, table))
         else:
             word, bit = words[number // (16 // bits)], number % (16 // bits) * 2 * bits
-            low, high = (_cut(word, bit + i * bits, bits, 1, table) for i in range(2))
+            low, high = (cut(word, bit + i * bits, bits, 1, table) for i in range(2))
         low, high = (w.load_short(self._address(place)) for place in (low, high))
         return t.permute(low, high, 0x5410)
-
-    def _place(self, words: list[Any], number: int, width: int, at: int, table: Any) -> Any:
-        """An entry's place: `width` bits from pair `number` on are shifted to bit `at`."""
-        bits = self.plan.bits
-        if bits == 3 and number == 15:
-            for i, word in enumerate(words):
-                table = _cut(word, 30, 2, at + 2 * i, table)
-            return table
-        return _cut(words[number // (16 // bits)], number % (16 // bits) * 2 * bits, width, at, table)
-
-
-def _cut(word: Any, bit: int, width: int, at: int, over: Any) -> Any:
-    """Bits of a word from `bit` on, shifted to `at`, over a number that has zeros there."""
-    shift = bit - at
-    word = w.shift_right(word, shift) if shift >= 0 else w.shift_left(word, -shift)
-    return w.cut(word, (2**width - 1) << at, over)

@@ -26,8 +26,7 @@ class Lookup:
     """
 
     def __init__(self, plan: Plan, refs: dict[str, Any], lane: Any, warp: Any):
-        self.plan, self.refs, self.lane, self.warp = plan, refs, lane, warp
-        self.thread = t.add(t.mul(warp, 32), lane)
+        self.plan, self.refs, self.lane = plan, refs, lane
         self.row, self.column = w.shift_right(lane, 2), t.bits_and(lane, 3)  # g and t of `tiles`
 
     def load(self, tile: Any) -> list[Any]:
@@ -41,6 +40,20 @@ class Lookup:
     def pairs(self, words: tuple[list[Any], list[Any]], first: int, chunk: Any, tile: Any, parity: Any) -> list[Any]:
         """Pairs number first and first + 1 of both rows' words, rows of one number side by side."""
         raise NotImplementedError
+
+    def start(self, parity: Any) -> Any:
+        """Bytes from the start of all tables to those of a parity."""
+        return t.mul(parity, self.plan.table_bytes)
+
+    def place(self, words: list[Any], number: int, width: int, at: int, over: Any) -> Any:
+        """`width` bits of a row's words, from pair `number` on, shifted to bit `at`, over a number that has zeros there."""
+        bits = self.plan.bits
+        count = 16 // bits
+        if number == count * len(words):  # the sixteenth of 3 bits
+            for i, word in enumerate(words):
+                over = cut(word, 30, 2, at + 2 * i, over)
+            return over
+        return cut(words[number // count], number % count * 2 * bits, width, at, over)
 
     def zeros(self) -> list[Any]:
         """Sums of nothing: two of each, lest every product waits for the one before."""
@@ -87,6 +100,13 @@ class Lookup:
             w.store_together(halves, t.at(self.refs["inputs"], t.mul(start, 2), row))
 
 
+def cut(word: Any, bit: int, width: int, at: int, over: Any) -> Any:
+    """Bits of a word from `bit` on, shifted to `at`, over a number that has zeros there."""
+    shift = bit - at
+    word = w.shift_right(word, shift) if shift >= 0 else w.shift_left(word, -shift)
+    return w.cut(word, (2**width - 1) << at, over)
+
+
 class Table(Lookup):
     """A table of levels per row."""
 
@@ -113,16 +133,13 @@ class Table(Lookup):
 
     def write(self, loaded: list[Any], parity: Any) -> None:
         """Writes a table, [second code][first code][row of a lane][lane]."""
-        address = t.at(self.refs["tables"], t.add(self._start(parity), t.mul(self.lane, 4)))
+        address = t.at(self.refs["tables"], t.add(self.start(parity), t.mul(self.lane, 4)))
         for half, (first, second) in zip(self.halves, loaded, strict=True):
             for code, high in zip(self.second_codes, second, strict=True):
                 line = t.at(address, t.mul(code, self.count * PAIR_BYTES), t.mul(half, PAIR_BYTES // 2))
                 for i in range(self.count):
                     both = t.permute(first[i // 2], high, 0x5432 if i % 2 else 0x5410)
                     w.store_together([both], t.at(line, i * PAIR_BYTES))
-
-    def _start(self, parity: Any) -> Any:
-        return t.mul(parity, self.count**2 * PAIR_BYTES)
 
     def pairs(self, words: tuple[list[Any], list[Any]], first: int, chunk: Any, tile: Any, parity: Any) -> list[Any]:
         """Pairs of levels."""
@@ -132,16 +149,10 @@ class Table(Lookup):
     def pair(self, words: list[Any], half: int, number: int, parity: Any) -> Any:
         """A pair of levels of one of the rows, from the row's words."""
         bits = self.plan.bits
-        count = 16 // bits
-        place = t.add(self._start(parity), t.mul(self.lane, 4), PAIR_BYTES // 2 * half)
-        if number == count * len(words):  # the sixteenth of 3 bits
-            for i, word in enumerate(words):
-                place = w.cut(w.shift_right(word, 22 - 2 * i), 0x300 << 2 * i, place)
-        elif bits == 4:
+        place = t.add(self.start(parity), t.mul(self.lane, 4), PAIR_BYTES // 2 * half)
+        if bits == 4:
             # Byte 0 of the place, a byte of codes, bytes 2 and 3 of the place.
-            place = t.permute(words[number // count], place, 0x7604 | number % count << 4)
+            place = t.permute(words[number // 4], place, 0x7604 | number % 4 << 4)
         else:
-            word, bit = words[number // count], number % count * 2 * bits
-            word = w.shift_right(word, bit - 8) if bit >= 8 else w.shift_left(word, 8 - bit)
-            place = w.cut(word, 4**bits - 1 << 8, place)
+            place = self.place(words, number, 2 * bits, 8, place)
         return w.load_words(t.at(self.refs["tables"], place))[0]

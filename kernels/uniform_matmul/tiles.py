@@ -21,6 +21,7 @@ import numpy as np
 
 ROWS = 16  # of a tile
 WARPS = 4  # of a warpgroup
+_MOST_PADDING = 1.25  # times the codes, what is not worth a kernel
 UNIT = 64  # values of a unit, at most; copies are of a multiple of as many
 
 
@@ -47,6 +48,11 @@ def block_columns(bits: int) -> int:
 def padded_size(out: int, columns: int, bits: int) -> int:
     """Codes that fill whole tiles and blocks."""
     return -(-out // ROWS) * ROWS * -(-columns // block_columns(bits)) * block_columns(bits)
+
+
+def worth_padding(out: int, columns: int, bits: int) -> bool:
+    """Whether few columns are not padded to many."""
+    return padded_size(out, columns, bits) <= _MOST_PADDING * out * columns
 
 
 def _spread(bits: int, table: bool) -> tuple[int, int]:
